@@ -1,0 +1,151 @@
+"""What a plugin is made of: an attrs class whose fields are its options and whose hook methods the loop calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
+
+import attrs
+
+from drivetrain.errors import ConfigError, PluginError, Problem
+from drivetrain.registry import find
+from drivetrain.structure import structure, unknown_key, unstructure
+
+C = TypeVar("C", bound=type)
+HOOK_MARK = "drivetrain_hook"
+
+
+def option(
+    *, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None, help: str = "", validator: Any = None
+) -> Any:
+    """One option of a component: a typed attrs field with a line of help. Without `default` or `factory` it must be given."""
+    chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
+    return attrs.field(**chosen, validator=validator, metadata={"help": help})
+
+
+def state(*, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None) -> Any:
+    """One piece of a component's own state: not an option, saved in every checkpoint and restored from it."""
+    chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
+    return attrs.field(init=False, repr=False, metadata={"state": True}, **chosen)
+
+
+@dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option, state, attrs.field))
+def component(cls: C) -> C:
+    """Make a class a component: keyword-only typed options, compared by identity.
+
+    Equality by value would make two callbacks with the same options one callback to pluggy.
+    """
+    return attrs.define(kw_only=True, eq=False, slots=False)(cls)
+
+
+def fields_of(cls: type) -> tuple[attrs.Attribute[Any], ...]:
+    """The attrs fields of a component class; a plain subclass of one has its parent's."""
+    return tuple(attrs.fields(cast(Any, cls)))
+
+
+def hook(*, tryfirst: bool = False, trylast: bool = False) -> Callable[[Any], Any]:
+    """Mark a hook method's place among the other listeners of its event. Methods with a hook's name need no mark."""
+
+    def mark(method: Any) -> Any:
+        setattr(method, HOOK_MARK, {"tryfirst": tryfirst, "trylast": trylast})
+        return method
+
+    return mark
+
+
+@component
+class Component:
+    """Base of everything a configuration can name. Subclass it (or `Callback`) and decorate the subclass with `@component`."""
+
+    kind: ClassVar[str] = "component"
+    plugin_name: str = attrs.field(default="", init=False, repr=False)  # "callback:early_stopping", set when a run adopts it
+    origin: str = attrs.field(default="", init=False, repr=False)  # "drivetrain-early-stopping 0.1.0", or the class's module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything this component must remember to go on exactly: by default the fields made with `state()`."""
+        return {f.name: getattr(self, f.name) for f in fields_of(type(self)) if f.metadata.get("state")}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        known = {f.name for f in fields_of(type(self)) if f.metadata.get("state")}
+        if unknown := sorted(set(saved) - known):
+            raise PluginError(f"{self.plugin_name or type(self).__name__}: the saved state has unknown parts {unknown}")
+        for name, value in saved.items():
+            setattr(self, name, value)
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain data, defaults included."""
+        return {f.name: unstructure(getattr(self, f.name)) for f in fields_of(type(self)) if f.init}
+
+
+class Callback(Component):
+    """A listener: define any `on_*` method of `drivetrain.hookspecs`; each gets the `CallbackContext`.
+
+    `every` (an option or attribute such as `"500st"`) is the period of `on_every`.
+    """
+
+    kind: ClassVar[str] = "callback"
+
+
+def make_component(kind: str, spec: Any, path: str = "") -> Component:
+    """Make the component that a configuration means by `spec`: a name, a table `{use: name, option: value}` or a ready object.
+
+    Raises:
+        ConfigError: for every unknown name, unknown option or wrong value at once, each with its path below `path`.
+    """
+    if isinstance(spec, Component):
+        return adopt(_checked(spec, path))
+    table = {"use": spec} if isinstance(spec, str) else spec
+    if not isinstance(table, Mapping) or not isinstance(table.get("use"), str):
+        raise ConfigError([Problem(path, f"expected a name or a table with the key 'use', got {spec!r}")])
+    name = table["use"]
+    try:
+        candidate = find(kind, name)
+        cls = candidate.load()
+    except PluginError as error:
+        raise ConfigError([Problem(path, str(error))]) from error
+    if not (isinstance(cls, type) and issubclass(cls, Component)):
+        raise ConfigError([Problem(path, f"plugin {candidate} is not a component class: {cls!r}")])
+    made: Component = structure_component(
+        cls, {k: v for k, v in table.items() if k != "use"}, f"{path}.{name}" if path else name
+    )
+    return adopt(made, f"{kind}:{candidate.name}", f"{candidate.distribution} {candidate.version}")
+
+
+def structure_component(cls: type[Component], options: Mapping[str, Any], path: str) -> Component:
+    """Structure one component's options strictly into its class."""
+    fields = {f.name: f for f in fields_of(cls) if f.init}
+    # cattrs would refuse these as well; done here so that an unknown key keeps its own path among the other problems
+    problems = [Problem(key, unknown_key(key, list(fields))).under(path) for key in options if key not in fields]
+    try:
+        made: Component = structure({k: v for k, v in options.items() if k in fields}, cls, path)
+    except ConfigError as error:
+        raise ConfigError([*problems, *error.problems]) from None
+    if problems:
+        raise ConfigError(problems)
+    return made
+
+
+def _checked(thing: Component, path: str) -> Component:
+    """Hold a component made in Python to the same types as one from a file, so that `every="500st"` means the same in both."""
+    attrs.resolve_types(cast(Any, type(thing)))
+    problems: list[Problem] = []
+    for f in fields_of(type(thing)):
+        value = getattr(thing, f.name, None)
+        if not f.init or f.type is Any or (isinstance(f.type, type) and isinstance(value, f.type)):
+            continue
+        try:
+            setattr(thing, f.name, structure(value, f.type, f"{path or type(thing).__name__}.{f.name}"))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return thing
+
+
+def adopt(thing: Component, name: str = "", origin: str = "") -> Component:
+    """Give a component the name and origin that errors and listings use."""
+    cls = type(thing)
+    thing.plugin_name = name or getattr(thing, "plugin_name", "") or f"{cls.kind}:{cls.__name__}"
+    thing.origin = origin or getattr(thing, "origin", "") or cls.__module__
+    return thing

@@ -1,0 +1,381 @@
+"""From any data set to windows of microbatches, in an order that depends on (seed, epoch, index) alone.
+
+A window is what one rank gets of one step: its microbatches, and how many samples the step has in all. Whatever the data is, a
+source can open an epoch at any step, and what it yields from there does not depend on worker processes or on where an earlier
+sitting stopped. The samples of a step do not depend on how many ranks share them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import torch
+from attrs import frozen
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from drivetrain.config import DataLoaderConfig
+from drivetrain.errors import DataError
+from drivetrain.loss import samples_in
+from drivetrain.rng import isolated, mix, seed_host
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Window(NamedTuple):
+    """One rank's microbatches of one step.
+
+    Attributes:
+        batches: the microbatches; every rank has equally many.
+        counts: samples in each that count: its size, or 0 for one that only stands in because other ranks have more.
+        total: samples in the step, all ranks together.
+    """
+
+    batches: list[Any]
+    counts: list[int]
+    total: int
+
+
+@frozen
+class Split:
+    """How a step is divided: samples in a microbatch, microbatches in a step, and which rank of how many this is."""
+
+    batch_size: int = 8
+    accumulation: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def share(self, samples: int) -> tuple[int, int]:
+        """Where this rank's part of a round of `samples` begins and ends; a round that is not full is spread evenly."""
+        if samples == self.batch_size * self.world_size:
+            return self.rank * self.batch_size, (self.rank + 1) * self.batch_size
+        least, more = divmod(samples, self.world_size)
+        begin = self.rank * least + min(self.rank, more)
+        return begin, begin + least + (self.rank < more)
+
+
+@frozen
+class SampleOrder:
+    """Which samples of a map-style data set feed each step: a few numbers, so that it can be written down and asked later."""
+
+    size: int  # samples in the data set
+    used: int  # those an epoch uses
+    samples_per_step: int  # of all ranks together
+    seed: int
+    shuffle: bool
+
+    def epoch(self, number: int) -> torch.Tensor:
+        """The sample indices of an epoch in order, int64 [used]."""
+        if not self.shuffle:
+            return torch.arange(self.used)
+        return torch.randperm(self.size, generator=torch.Generator().manual_seed(mix(self.seed, number)))[: self.used]
+
+    def step(self, epoch: int, index: int) -> torch.Tensor:
+        """The sample indices of step `index` (from 0) of an epoch, all ranks together."""
+        return self.epoch(epoch)[index * self.samples_per_step : (index + 1) * self.samples_per_step]
+
+
+class Source:
+    """Where windows come from. The attributes that are None can only be told of map-style data.
+
+    Attributes:
+        data: what was given.
+        split: how a step is divided.
+        steps_per_epoch: None when the data has no length.
+        samples_per_step: of all ranks together.
+        sample_order: which samples feed each step.
+    """
+
+    data: Any
+    split: Split
+    steps_per_epoch: int | None = None
+    samples_per_step: int | None = None
+    sample_order: SampleOrder | None = None
+
+    def open(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        """The windows of an epoch from step `start` on. Work that earlier steps would have done is done before this returns."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End worker processes; opening starts new ones."""
+
+
+class MapSource(Source):
+    """A map-style data set: the order is a permutation fixed by (seed, epoch), so opening in the middle costs nothing."""
+
+    def __init__(
+        self, data: Any, split: Split, seed: int, loader: DataLoaderConfig, collate: Collate | None, pin: bool
+    ) -> None:
+        self.data, self.size, self.split, self.seed = data, len(data), split, seed
+        self._round = split.batch_size * split.world_size  # samples in one microbatch of every rank
+        rounds = self.size // self._round if loader.drop_last else -(-self.size // self._round)
+        if rounds == 0:
+            raise DataError(_too_small(self.size, self._round))
+        self.steps_per_epoch = -(-rounds // split.accumulation)
+        self.samples_per_step = self._round * split.accumulation
+        used = min(self.size, rounds * self._round)
+        self.sample_order = SampleOrder(self.size, used, self.samples_per_step, seed, loader.shuffle)
+        self._fetch = None if collate else direct_fetch(data)
+        self._plan = _Plan(self.size)
+        direct = self._fetch is not None and not loader.num_workers
+        self._loader = None if direct else self._make_loader(data, loader, collate, pin)
+
+    def open(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        assert self.samples_per_step is not None and self.sample_order is not None
+        order = self.sample_order.epoch(epoch)[start * self.samples_per_step :]
+        plan = [self._mine(indices) for indices in order.split(self._round) if len(indices)]
+        batches = self._batches(epoch, [indices for indices, _ in plan])
+        return self._windows(batches, [count for _, count in plan], len(order))
+
+    def _mine(self, indices: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """This rank's part of a round and how many of it count; a rank for which none is left stands in with the first."""
+        begin, end = self.split.share(len(indices))
+        return (indices[begin:end], end - begin) if end > begin else (indices[:1], 0)
+
+    def _windows(self, batches: Iterator[Any], counts: list[int], left: int) -> Iterator[Window]:
+        assert self.samples_per_step is not None
+        size, each = self.split.accumulation, self.samples_per_step
+        for first in range(0, len(counts), size):
+            mine = counts[first : first + size]
+            yield Window(list(islice(batches, len(mine))), mine, min(each, left))
+            left -= each
+
+    def _batches(self, epoch: int, plan: list[torch.Tensor]) -> Iterator[Any]:
+        if self._loader is None:
+            assert self._fetch is not None
+            return map(self._fetch, plan)
+        self._plan.batches = [(epoch, batch) for batch in plan]
+        return iter(self._loader)
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader.close()
+
+    def _make_loader(self, data: Any, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> _Loader:
+        return _Loader(
+            SeededDataset(data, self.seed),
+            batch_sampler=self._plan,
+            collate_fn=collate or default_collate,
+            num_workers=loader.num_workers,
+            persistent_workers=loader.num_workers > 0,
+            prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+            pin_memory=pin,
+            worker_init_fn=ignore_interrupts,
+            generator=torch.Generator(),  # else each epoch's iterator would draw from the global generator
+        )
+
+
+class _Loader(DataLoader[Any]):
+    """A loader of ours, whose worker processes end when it is closed, or before the process ends.
+
+    They leave signals to the training process (`ignore_interrupts`). Left to the garbage collector as part of a cycle, or to the end
+    of the process, they would not end: torch no longer tells them once the interpreter is exiting, and multiprocessing waits for them.
+    """
+
+    _started: Any = None  # the newest iterator
+
+    def __iter__(self) -> Any:
+        if self._started is None and self.num_workers:
+            atexit.register(self.close)  # after torch's own, which is registered with its import: so it runs before
+        self._started = super().__iter__()
+        return self._started
+
+    def close(self) -> None:
+        """End the workers now; another iteration starts new ones."""
+        atexit.unregister(self.close)  # it would keep the loader and its data alive as long as the process
+        if self._started is not None and self.num_workers:
+            self._started._shutdown_workers()
+        self._started = self._iterator = None
+
+
+def _too_small(size: int, needed: int) -> str:
+    if size == 0:
+        return "the data set has 0 samples, so nothing can be trained on."
+    return (
+        f"the data set has {size} samples, less than one microbatch of {needed} (all processes together), and "
+        "dataloader.drop_last leaves it out. Lower per_device_batch_size or keep the last one."
+    )
+
+
+class StreamSource(Source):
+    """An iterable data set or a ready DataLoader: opening in the middle replays what came before.
+
+    Of several ranks each reads the whole stream and takes its batches in turn, so that no batch is used twice or left out and all
+    ranks know what the others have. A loader whose DistributedSampler has divided the data already is read as it is.
+    """
+
+    def __init__(self, batches: Iterable[Any], split: Split, seed: int) -> None:
+        self.data = self.batches = batches
+        self.split, self.seed = split, seed
+        self._divided = isinstance(getattr(batches, "sampler", None), DistributedSampler)
+        self._round = 1 if self._divided else split.world_size
+        length = _length(batches)
+        if length == 0:
+            raise DataError("the data has no batch, so nothing can be trained on.")
+        self.steps_per_epoch = None if length is None else -(-length // (self._round * split.accumulation))
+
+    def open(self, epoch: int, start: int = 0) -> Iterator[Window]:
+        for part in ("sampler", "batch_sampler", "dataset"):
+            set_epoch = getattr(getattr(self.batches, part, None), "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        # A loader draws its order and its workers' seeds when the iterator starts, many of them from the global generators:
+        # give it seeds of its own, so that the order is the epoch's and the model's random numbers are not disturbed.
+        with isolated(mix(self.seed, epoch)):
+            found = iter(self.batches)
+            first = list(islice(found, 1))
+            for _ in range(start * self.split.accumulation * self._round):
+                first = list(islice(found, 1))
+        return self._windows(chain(first, found))
+
+    def _windows(self, batches: Iterator[Any]) -> Iterator[Window]:
+        size = self.split.accumulation * self._round
+        while step := list(islice(batches, size)):
+            rounds = [step[first : first + self._round] for first in range(0, len(step), self._round)]
+            mine = [self._mine(batches_of_round) for batches_of_round in rounds]
+            total = sum(samples_in(batch) for batch in step) * (self.split.world_size if self._divided else 1)
+            yield Window([batch for batch, _ in mine], [count for _, count in mine], total)
+
+    def close(self) -> None:
+        if isinstance(self.batches, _Loader):  # one that was given is its owner's
+            self.batches.close()
+
+    def _mine(self, batches: list[Any]) -> tuple[Any, int]:
+        index = 0 if self._divided else self.split.rank
+        return (batches[index], samples_in(batches[index])) if index < len(batches) else (batches[0], 0)
+
+
+def make_source(
+    data: Any,
+    split: Split,
+    *,
+    seed: int = 0,
+    loader: DataLoaderConfig | None = None,
+    collate: Collate | None = None,
+    pin: bool = False,
+) -> Source:
+    """The source for any kind of training data.
+
+    Args:
+        data: a map-style data set (`__len__` and `__getitem__`), an iterable one, or an iterable of ready batches such as a DataLoader.
+        split: how a step is divided; ready batches keep their own size.
+        seed: fixes the order and the augmentation.
+
+    Raises:
+        DataError: when the data is empty, too small, or of no usable kind.
+    """
+    loader = loader or DataLoaderConfig()
+    if isinstance(data, DataLoader):
+        return StreamSource(data, split, seed)
+    if isinstance(data, Mapping):  # such as a DatasetDict of Hugging Face
+        parts = ", ".join(map(repr, list(data)[:5]))
+        raise DataError(
+            f"the data is a {type(data).__name__} with the parts {parts}; give one of them, such as data[{next(iter(data), '…')!r}]."
+        )
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        if not isinstance(data, Iterable):
+            raise DataError(
+                f"the data is a {type(data).__name__}, which is no data set: it needs __len__ and __getitem__, or __iter__, "
+                "or give a torch DataLoader."
+            )
+        return StreamSource(_stream_loader(data, split.batch_size, loader, collate, pin), split, seed)
+    if not isinstance(data, Sized):
+        raise DataError(
+            f"the data set {type(data).__name__} has __getitem__ but no __len__; add it, or make it an IterableDataset."
+        )
+    return MapSource(data, split, seed, loader, collate, pin)
+
+
+def _stream_loader(data: Any, batch_size: int, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> _Loader:
+    stream = data if isinstance(data, IterableDataset) else _Stream(data)
+    workers = min(loader.num_workers, 1)  # more would each yield the whole stream
+    return _Loader(
+        stream,
+        batch_size=batch_size,
+        drop_last=loader.drop_last,
+        collate_fn=collate or default_collate,
+        num_workers=workers,
+        prefetch_factor=loader.prefetch_factor if workers else None,
+        pin_memory=pin,
+        worker_init_fn=ignore_interrupts,
+    )
+
+
+def direct_fetch(data: Any) -> Callable[[torch.Tensor], Any] | None:
+    """A function from indices to a whole batch, for data that offers one: tensors in memory, or a `fetch(indices)` method."""
+    if type(data) is TensorDataset:
+        tensors = data.tensors
+        return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    fetch = getattr(data, "fetch", None)
+    return (lambda indices: fetch(indices.tolist())) if callable(fetch) else None
+
+
+class SeededDataset(Dataset[Any]):
+    """A map-style data set whose random state at each sample depends on (seed, epoch, index) alone."""
+
+    def __init__(self, data: Any, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.plain = type(data) in (list, tuple, TensorDataset)  # nothing random can happen in these
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        if self.plain:
+            return [self.data[index] for _, index in keys]
+        if torch.utils.data.get_worker_info() is not None:
+            return self._fetch(keys)
+        with isolated():  # in the training process the model's random numbers must go on as if nothing had been drawn
+            return self._fetch(keys)
+
+    def _fetch(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
+        if hasattr(self.data, "__getitems__"):  # fetches a whole batch: its random state belongs to the first sample
+            epoch, first = keys[0]
+            seed_host(mix(self.seed, epoch, first))
+            return list(self.data.__getitems__([index for _, index in keys]))
+        samples = []
+        for epoch, index in keys:
+            seed_host(mix(self.seed, epoch, index))
+            samples.append(self.data[index])
+        return samples
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class _Plan:
+    """A batch sampler whose batches are set for each epoch: lists of (epoch, index)."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.batches: list[tuple[int, torch.Tensor]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return ([(epoch, index) for index in batch.tolist()] for epoch, batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Stream(IterableDataset[Any]):
+    """Any iterable as an iterable data set."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C and termination to the training process: it stops the workers when it has saved what it needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,132 @@
+"""Which device a run uses, and moving data to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drivetrain.cluster import detect
+from drivetrain.errors import ConfigError, PluginError, Problem
+from drivetrain.registry import candidates, load
+
+_KNOWN = ("cpu", "cuda", "mps", "xpu")
+
+
+class DeviceManager:
+    """Choose a device and serve what depends on it.
+
+    Args:
+        wanted: "auto" (the accelerator that torch finds, else the CPU), "cpu", "cuda", "cuda:1", "mps", "xpu", or the name of a
+            plugin of the kind `device`.
+        local_rank: which of the machine's devices this process takes when `wanted` names none.
+
+    Raises:
+        ConfigError: for an unknown or missing device, naming those that exist.
+    """
+
+    def __init__(self, wanted: str = "auto", local_rank: int = 0) -> None:
+        self.device = _choose(wanted, local_rank)
+
+    @property
+    def type(self) -> str:
+        """ "cpu", "cuda", "mps", "xpu", …"""
+        return self.device.type
+
+    @property
+    def count(self) -> int:
+        """How many devices of this type the process can see."""
+        return 1 if self.type == "cpu" else int(torch.accelerator.device_count())
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: "cpu", "NVIDIA H200"."""
+        if self.type == "cuda":
+            return str(torch.cuda.get_device_name(self.device))
+        return str(self.device)
+
+    def to(self, value: Any) -> Any:
+        """Copy the tensors in nested mappings, lists and tuples to the device; everything else is passed on.
+
+        The copy does not block when the host memory is pinned.
+        """
+        if isinstance(value, Tensor):
+            return value.to(self.device, non_blocking=True)
+        if isinstance(value, Mapping):
+            return {key: self.to(item) for key, item in value.items()}
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.to, value))
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.to, value))
+        return value.to(self.device) if hasattr(value, "to") else value
+
+    def synchronize(self) -> None:
+        """Wait until the device has done everything asked of it."""
+        if self.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes in use and at the peak on the device; empty where torch cannot tell."""
+        if self.type != "cuda":
+            return {}
+        return {"allocated": torch.cuda.memory_allocated(self.device), "peak": torch.cuda.max_memory_allocated(self.device)}
+
+    @property
+    def total_memory(self) -> int | None:
+        """Bytes of the device's own memory; None for the CPU, and where torch cannot tell."""
+        if self.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return int(torch.xpu.get_device_properties(self.device).total_memory) if self.type == "xpu" else None
+
+    def __repr__(self) -> str:
+        return f"DeviceManager({self.name!r})"
+
+
+def _choose(wanted: str, local_rank: int) -> torch.device:
+    kind, _, index = wanted.partition(":")
+    if kind == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return torch.device("cpu") if found is None else _mine(found.type, local_rank)
+    if kind in candidates("device"):
+        return _from_plugin(kind, int(index) if index.isdigit() else local_rank)
+    if kind not in _KNOWN:
+        raise _refusal(wanted, f"no device is called {wanted!r}")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not (getattr(torch, kind, None) or getattr(torch.backends, kind)).is_available():
+        raise _refusal(wanted, f"torch {torch.__version__} sees no {kind} device here")
+    if not index:
+        return _mine(kind, local_rank)
+    if int(index) >= torch.accelerator.device_count():
+        raise _refusal(wanted, f"there are only {torch.accelerator.device_count()} {kind} devices")
+    return torch.device(kind, int(index))
+
+
+def _mine(kind: str, local_rank: int) -> torch.device:
+    """The device of this process: the machine's as it counts its processes, or the only one that its launcher lets it see."""
+    if kind == "mps":
+        return torch.device(kind)
+    count = torch.accelerator.device_count()
+    if local_rank < count:
+        return torch.device(kind, local_rank)
+    if count == 1 and detect().launcher in ("slurm", "mpi"):  # bound to it; that no other has it is seen when all have met
+        return torch.device(kind, 0)
+    many = f"{count} {kind} device{'s' if count != 1 else ''}"
+    message = f"process {local_rank + 1} of this machine has none: there are only {many}. Start {count}, or train with device = 'cpu'."
+    raise ConfigError([Problem("device", message)])
+
+
+def _from_plugin(name: str, local_rank: int) -> torch.device:
+    make = load("device", name)
+    device = make(local_rank) if callable(make) else None
+    if not isinstance(device, torch.device):
+        raise PluginError(f"the device plugin {name!r} gave {device!r} instead of a torch.device")
+    return device
+
+
+def _refusal(wanted: str, why: str) -> ConfigError:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    available = ", ".join(filter(None, ["cpu", found.type if found else "", *candidates("device")]))
+    return ConfigError([Problem("device", f"{why}. Available: {available}, or 'auto'.")])

@@ -1,0 +1,398 @@
+"""The training loop. It reads like the pseudocode in `hookspecs`; everything it calls was chosen before it starts.
+
+    for each epoch:
+        for each window of microbatches:
+            gradients:  forward → loss → backward, for each microbatch
+            update:     clip → optimizer → zero the gradients
+            agenda:     log, evaluate, the components' own periods, when due
+
+Nothing here waits for the device on an ordinary step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from drivetrain.agenda import Agenda
+from drivetrain.calling import LossFunction, ModelCall, StepFunction
+from drivetrain.context import CallbackContext
+from drivetrain.data import Source, Window
+from drivetrain.errors import DataError, ModelError
+from drivetrain.hooks import Events
+from drivetrain.loss import Loss, checked, tokens_in
+from drivetrain.output import Step
+from drivetrain.rng import full_state, set_full_state
+
+_TINY = 1e-20  # keeps a step without any weight (every target masked) at zero gradient instead of 0/0
+_MOST_SKIPS = 100
+_NOTHING = nullcontext()
+
+
+class Loop:
+    """One run's loop over its prepared parts."""
+
+    def __init__(
+        self,
+        ctx: CallbackContext,
+        events: Events,
+        agenda: Agenda,
+        source: Source,
+        call: ModelCall,
+        schedule: Callable[[float], float] | None,
+        max_grad_norm: float | None,
+        transfer: Callable[[Any], Any] | None,
+    ) -> None:
+        self.ctx, self.events, self.agenda, self.source, self.call = ctx, events, agenda, source, call
+        self.schedule, self.max_grad_norm, self.transfer = schedule, max_grad_norm, transfer
+        self.losses: list[Tensor] = []  # one scalar on the device for each step since the last log
+        self.on_resume: Callable[[], None] | None = None  # puts random states back once the data is open
+        self.parameters: Sequence[nn.Parameter] = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        self._autocast: AbstractContextManager[Any] | None = ctx.precision.forward()
+        self._no_sync: AbstractContextManager[Any] | None = ctx.strategy.no_sync(ctx.model)
+        self._scale = ctx.precision.scale if ctx.precision.scales else None
+        self._consecutive_skips = 0
+        for group in ctx.optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+
+    def steps(self) -> Iterator[Step]:
+        """Train, yielding each step when everything due after it has been done."""
+        ctx, on, settled = self.ctx, self.events, False
+        while not self.over():
+            if on.epoch_start is not None:
+                on.epoch_start(ctx)
+            start, complete = (ctx.epoch, ctx.step_in_epoch), True
+            for window in self._windows():
+                if self.step(window):
+                    if not settled:
+                        ctx.strategy.settled()
+                        settled = True
+                    if on.step_end is not None:
+                        on.step_end(ctx)
+                    assert ctx.loss_tensor is not None
+                    done = Step(ctx.step, ctx.epoch, ctx.loss_tensor)
+                    if ctx.step >= self.agenda.next_step:
+                        self._run_agenda()
+                    yield done
+                if self.over() or self.on_resume is not None:  # the end, or a way back, for which the data is opened anew
+                    complete = self.on_resume is None and ctx.step_in_epoch == ctx.steps_per_epoch
+                    break
+            if complete:
+                self._end_epoch(start)
+
+    def _run_agenda(self) -> None:
+        began = time.perf_counter()
+        self.agenda.run()
+        if self.ctx.strategy.world_size > 1:
+            self._agree()
+        self.ctx.paused += time.perf_counter() - began
+
+    def _agree(self) -> None:
+        """Let all ranks know whether one of them wants to stop, and what time it is for all of them."""
+        ctx = self.ctx
+        clock = ctx.elapsed if ctx.strategy.rank == 0 else 0.0
+        mine = [float(ctx.stop_wanted is not None), float(ctx.interrupted), clock]
+        # fp32 holds seconds to a microsecond for a minute, to 0.1 s for a month: what counts is that all ranks see the same
+        wanted, interrupted, ctx.agreed_seconds = ctx.strategy.sum(torch.tensor(mine, device=ctx.device)).tolist()
+        ctx.interrupted = bool(interrupted)
+        if wanted:
+            ctx.stop_reason = ctx.stop_wanted or "another rank asked to stop"
+
+    def over(self) -> bool:
+        """Whether the run has reached its end or somebody stopped it."""
+        ctx = self.ctx
+        if ctx.stop_reason is None and self._reached_end():
+            ctx.stop_reason, ctx.at_end = f"max_duration {ctx.config.max_duration} reached", True
+        if ctx.stop_reason is None and ctx.strategy.world_size == 1:
+            ctx.stop_reason = ctx.stop_wanted
+        return ctx.stop_reason is not None
+
+    def _reached_end(self) -> bool:
+        ctx = self.ctx
+        if ctx.config.max_duration.unit == "ep" and ctx.steps_per_epoch is not None:  # passes count, with their skipped steps
+            return ctx.epoch * ctx.steps_per_epoch + ctx.step_in_epoch >= ctx.run_length
+        return ctx.position >= ctx.run_length
+
+    def step(self, window: Window) -> bool:
+        """One optimizer update from a window of microbatches; False when it was skipped because gradients overflowed."""
+        ctx, on = self.ctx, self.events
+        self.window, ctx.window, ctx.microbatches = window, window.batches, len(window.batches)
+        ctx._loss_value = None
+        tokens = sum(map(tokens_in, window.batches))
+        if on.step_start is not None:
+            on.step_start(ctx)
+        if self.schedule is not None:  # of the position before this step, whatever it is counted in
+            self._set_learning_rate(self.schedule(ctx.position))
+        factor = self.gradients(window)
+        applied = self.update(factor)
+        ctx.step_in_epoch += 1
+        ctx.samples += window.total
+        ctx.tokens += self._over_ranks(tokens)
+        if applied:
+            ctx.step += 1
+            self._consecutive_skips = 0
+            self._remember_loss()
+        else:
+            self._count_skip()
+        return applied
+
+    def _over_ranks(self, tokens: int) -> int:
+        """Tokens of all ranks: exactly where the run's length or schedule depends on them, otherwise assuming equal ranks."""
+        strategy = self.ctx.strategy
+        if strategy.data_ranks == 1 or self.ctx.run_unit != "tok":
+            return tokens * strategy.data_ranks
+        total = strategy.sum(torch.tensor(float(tokens), device=self.ctx.device)).item()
+        return int(total) * strategy.data_ranks // strategy.world_size
+
+    def gradients(self, window: Window) -> Tensor | None:
+        """Forward and backward of every microbatch; sets `ctx.loss_tensor`, whose mean over ranks is the step's loss.
+
+        Returns what the gradients (a mean over ranks) are still to be multiplied by to be those of sum(total) / sum(weight)
+        over the step's microbatches and ranks; None for 1.
+        """
+        ctx = self.ctx
+        if len(window.batches) > 1 or ctx.strategy.world_size > 1:
+            return self._accumulate(window)
+        loss = self.forward(window.batches[0], 0)
+        mean = loss if isinstance(loss, Tensor) else loss.total / _positive(loss.weight)
+        self.backward(mean)
+        ctx.loss_tensor = mean.detach()
+        return None
+
+    def _accumulate(self, window: Window) -> Tensor | None:
+        """Mean losses are weighted by their samples, known ahead. The weights of `Loss`es are known only when all microbatches of
+        all ranks have run: until then gradients are in units that every rank knows, and in the range of a mean's."""
+        ctx, last, ranks = self.ctx, len(window.batches) - 1, self.ctx.strategy.world_size
+        share = window.total / ctx.strategy.data_ranks
+        unit: float | Tensor | None = None
+        totals, weights = [], []
+        for index, (batch, count) in enumerate(zip(window.batches, window.counts, strict=True)):
+            with self._reducing(index == last):
+                loss = self.forward(batch, index)
+                if isinstance(loss, Loss) != (unit is not None) and index > 0:
+                    raise ModelError(
+                        "some microbatches of a step gave Loss(total, weight) and others a mean; give one of the two."
+                    )
+                if isinstance(loss, Tensor):
+                    scaled = loss if count == share else loss / (share / count) if count else loss * 0.0
+                else:
+                    if unit is None:
+                        unit = _at_least_one(loss.weight) if ranks == 1 else share
+                    counted = loss if count else Loss(loss.total * 0.0, loss.weight * 0.0)
+                    scaled = counted.total / unit
+                    weights.append(counted.weight)
+                totals.append(scaled.detach())
+                self.backward(scaled)
+        total = torch.stack(totals).sum()
+        if unit is None:
+            ctx.loss_tensor = total
+            return None
+        first = torch.as_tensor(weights[0], device=total.device, dtype=torch.float32)
+        weight = torch.as_tensor(sum(weights[1:], start=first))
+        factor = torch.as_tensor(unit * ranks / ctx.strategy.sum(weight).clamp(min=_TINY), device=total.device)
+        ctx.loss_tensor = total * factor
+        return factor
+
+    def _reducing(self, last: bool) -> AbstractContextManager[Any]:
+        """The context of one microbatch's forward and backward: on several ranks only a step's last one reduces gradients."""
+        return _NOTHING if last or self._no_sync is None else self._no_sync
+
+    def forward(self, batch: Any, index: int) -> Tensor | Loss:
+        """One microbatch to its loss."""
+        ctx, on = self.ctx, self.events
+        ctx.microbatch = index
+        ctx.batch = batch if self.transfer is None else self.transfer(batch)
+        if on.batch is not None:
+            on.batch(ctx)
+        if self._autocast is None:
+            loss = self._forward()
+        else:
+            with self._autocast:
+                loss = self._forward()
+        if on.loss is not None:
+            ctx.microbatch_loss = loss
+            on.loss(ctx)
+            loss = ctx.microbatch_loss
+        return loss
+
+    def _forward(self) -> Tensor | Loss:
+        ctx, on_forward = self.ctx, self.events.forward
+        outputs = self.call.forward(ctx.model, ctx.batch)
+        if on_forward is not None:
+            ctx.outputs = outputs
+            on_forward(ctx)
+            outputs = ctx.outputs
+        return self.call.loss(outputs, ctx.batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the microbatch's gradients up."""
+        if self._scale is not None:
+            loss = self._scale(loss)
+        if not loss.requires_grad:
+            raise ModelError(_no_gradient(self.parameters))
+        loss.backward()
+        ctx = self.ctx
+        if self.events.backward is not None:
+            self.events.backward(ctx)
+        ctx.outputs = ctx.microbatch_loss = None  # or logits would live until the next forward
+
+    def gradients_of(self, loss: LossFunction | None, step: StepFunction | None = None) -> tuple[list[Tensor | None], Tensor]:
+        """See `CallbackContext.gradients_of`."""
+        ctx, kept, random = self.ctx, [p.grad for p in self.parameters], full_state(self.ctx.device)
+        for parameter in self.parameters:
+            parameter.grad = None
+        weight, last = torch.zeros((), device=ctx.device), len(self.window.batches) - 1
+        try:
+            for index, (batch, count) in enumerate(zip(self.window.batches, self.window.counts, strict=True)):
+                with self._reducing(index == last):
+                    found = self._auxiliary_loss(batch, count, loss, step)
+                    if count:
+                        weight = weight + torch.as_tensor(found.weight, device=ctx.device).detach()
+                    (found.total if count else found.total * 0.0).backward()
+            ctx.strategy.reduce_gradients(self.parameters)
+            weight = ctx.strategy.sum(weight) * (ctx.strategy.data_ranks / ctx.strategy.world_size)
+            factor = ctx.strategy.data_ranks / weight.clamp(min=_TINY)
+            # new tensors: a strategy may write the next gradients into the memory of these
+            return [None if p.grad is None else p.grad * factor for p in self.parameters], weight
+        finally:
+            for parameter, gradient in zip(self.parameters, kept, strict=True):
+                parameter.grad = gradient
+            set_full_state(random, ctx.device)
+
+    def _auxiliary_loss(self, batch: Any, count: int, loss: LossFunction | None, step: StepFunction | None) -> Loss:
+        moved = batch if self.transfer is None else self.transfer(batch)
+        with self.ctx.precision.forward() or nullcontext():
+            if step is not None:
+                found = checked(step(self.ctx.model, moved), "the function given to gradients_of")
+            else:
+                outputs = self.call.forward(self.ctx.model, moved)
+                found = self.call.loss(outputs, moved) if loss is None else loss(outputs, moved)
+        found = found if isinstance(found, Loss) else Loss(found * count, count)
+        if not found.total.requires_grad:
+            raise ModelError(_no_gradient(self.parameters))
+        return found
+
+    def update(self, factor: Tensor | None) -> bool:
+        """Clip, step the optimizer and drop the gradients; False when the step was skipped."""
+        ctx, on, strategy, precision = self.ctx, self.events, self.ctx.strategy, self.ctx.precision
+        strategy.reduce_gradients(self.parameters)
+        if self._scale is not None:
+            precision.unscale(ctx.optimizer)
+        if on.gradients is not None:
+            strategy.clip(self.parameters, None, factor)
+            factor = None
+            on.gradients(ctx)
+        if self.max_grad_norm is not None or factor is not None:
+            ctx.grad_norm = strategy.clip(self.parameters, self.max_grad_norm, factor)
+        if on.clipped is not None:
+            on.clipped(ctx)
+        if ctx.veto is not None:
+            applied = self._step_unless(ctx.veto)
+        elif self._scale is None:
+            ctx.optimizer.step()
+            applied = True
+        else:
+            applied = precision.step(ctx.optimizer)
+        if applied and on.optimizer_step is not None:
+            on.optimizer_step(ctx)
+        for parameter in self.parameters:
+            parameter.grad = None
+        return applied
+
+    def _step_unless(self, veto: Tensor) -> bool:
+        """Step the optimizer unless `veto` is not 0; a vetoed step counts and changes nothing.
+
+        A fused optimizer sees to it on the device. Before any other the host reads the value, and waits for it.
+        """
+        ctx, optimizer, precision = self.ctx, self.ctx.optimizer, self.ctx.precision
+        ctx.veto = None
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not hasattr(self.parameters[0], "to_local")
+        if fused and optimizer.state and self._scale is None:  # the very first step makes a state that a veto leaves unfilled
+            optimizer.grad_scale, optimizer.found_inf = None, (veto != 0).float()  # type: ignore[attr-defined]
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+            return True
+        if veto.item():
+            precision.skip(optimizer)
+            return True
+        return precision.step(optimizer)
+
+    def _set_learning_rate(self, factor: float) -> None:
+        for group in self.ctx.optimizer.param_groups:
+            value = group["initial_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
+
+    def _windows(self) -> Iterator[Window]:
+        """The windows of this epoch from where the run stands, with the time spent waiting for them."""
+        ctx, clock = self.ctx, time.perf_counter
+        began = clock()
+        found = self.source.open(ctx.epoch, ctx.step_in_epoch)
+        if self.on_resume is not None:
+            self.on_resume()
+            self.on_resume = None
+        while True:
+            window = next(found, None)
+            ctx.data_wait += clock() - began
+            if window is None:
+                return
+            if ctx.left_out and (ctx.epoch, ctx.step_in_epoch) in ctx.left_out:
+                ctx.step_in_epoch += 1
+                ctx.skipped_steps += 1
+            else:
+                yield window
+            began = clock()
+
+    def _end_epoch(self, start: tuple[int, int]) -> None:
+        ctx = self.ctx
+        if ctx.step_in_epoch == 0:
+            raise DataError(
+                "the data gave no batch in epoch "
+                f"{ctx.epoch}. An iterator that can be read only once cannot serve a second epoch: give a data set, or an "
+                "iterable that starts anew, or a max_duration within one pass."
+            )
+        if self.events.epoch_end is not None:
+            self.events.epoch_end(ctx)
+        ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
+        if ctx.steps_per_epoch is None and ctx.step >= self.agenda.next_step - 1:
+            self._run_agenda()  # epochs of unknown length end here, not at a step known ahead
+
+    def _remember_loss(self) -> None:
+        assert self.ctx.loss_tensor is not None
+        self.losses.append(self.ctx.loss_tensor)
+        if len(self.losses) >= 1024:  # logging is rare in this run: keep a mean instead of every value
+            self.losses = [torch.stack(self.losses).mean()]
+
+    def _count_skip(self) -> None:
+        self.ctx.skipped_steps += 1
+        self._consecutive_skips += 1
+        if self._consecutive_skips >= _MOST_SKIPS:
+            raise ModelError(
+                f"{_MOST_SKIPS} steps in a row had infinite or NaN gradients, at step {self.ctx.step}. "
+                "Lower the learning rate, or train in bf16 or fp32."
+            )
+
+
+def _positive(weight: Tensor | float) -> Tensor | float:
+    return weight.clamp(min=_TINY) if isinstance(weight, Tensor) else max(weight, _TINY)
+
+
+def _at_least_one(weight: Tensor | float) -> Tensor | float:
+    return weight.detach().clamp(min=1.0) if isinstance(weight, Tensor) else max(weight, 1.0)
+
+
+def _no_gradient(parameters: Sequence[nn.Parameter]) -> str:
+    if not any(p.requires_grad for p in parameters):
+        return "no parameter of the optimizer requires a gradient; unfreeze some."
+    return (
+        "the loss does not depend on any trainable parameter (it has no gradient); was it computed under no_grad or detached?"
+    )

@@ -1,0 +1,90 @@
+"""The weighted loss contract: a loss is a mean over the microbatch's samples, or a total with its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from drivetrain.errors import ModelError
+
+
+class Loss(NamedTuple):
+    """A loss as a sum and what it is a sum of.
+
+    The engine minimises sum(total) / sum(weight) over all microbatches and ranks of a step, so that neither accumulation nor
+    an uneven split of the tokens changes the gradient. A tuple, so that torch's wrappers find the tensor in what a model returns.
+
+    Attributes:
+        total: summed loss, a scalar tensor with gradient.
+        weight: how much it counts, for instance the number of target tokens; a scalar tensor (kept on the device, never read
+            by the host in a step) or a number.
+    """
+
+    total: Tensor
+    weight: Tensor | float
+
+    def mean(self) -> Tensor:
+        """total / weight, a scalar tensor."""
+        return self.total / self.weight
+
+
+def loss_of(outputs: Any) -> Tensor | Loss | None:
+    """The loss in what a model returned: a scalar tensor, a `Loss`, `["loss"]` or `.loss`; None when there is none."""
+    if isinstance(outputs, Tensor):
+        return outputs if outputs.dim() == 0 else None
+    if isinstance(outputs, Loss):
+        return outputs
+    found = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    return found if isinstance(found, (Tensor, Loss)) else None
+
+
+def checked(loss: Any, where: str) -> Tensor | Loss:
+    """The loss if it can be minimised.
+
+    Raises:
+        ModelError: when it is no scalar tensor or `Loss`.
+    """
+    if isinstance(loss, Loss) or (isinstance(loss, Tensor) and loss.dim() == 0):
+        return loss
+    raise ModelError(
+        f"{where} returned {describe(loss)}, which is not a loss. Return a scalar tensor, Loss(total, weight), a mapping with "
+        f"'loss' or an object with .loss, or pass Trainer(..., loss=loss_function)."
+    )
+
+
+def describe(value: Any) -> str:
+    """A value in a few words, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(str, value)) or '(none)'}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{type(value).__name__} {value!r}"[:80]
+
+
+def samples_in(batch: Any) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor, or 1."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    for part in parts:
+        if isinstance(part, Tensor) and part.dim():
+            return part.shape[0]
+        if isinstance(part, (Mapping, tuple, list)):
+            return samples_in(part)
+    return 1
+
+
+def tokens_in(batch: Any) -> int:
+    """How many tokens a batch holds: the size of `input_ids`, or of an integer input of two dimensions; otherwise 0."""
+    if isinstance(batch, Mapping):
+        ids = batch.get("input_ids")
+    else:
+        ids = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(ids, Tensor) and ids.dim() == 2 and ids.dtype in (torch.int64, torch.int32, torch.uint8, torch.int16):
+        return ids.numel()
+    return 0

@@ -1,0 +1,103 @@
+"""Model preparation in fixed phases; registration order has no say in it.
+
+build → quantize → adapt → place on the device → cast → activation checkpointing → compile → shard or wrap
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from drivetrain.context import CallbackContext
+from drivetrain.errors import ConfigError, ModelError, Problem
+from drivetrain.hooks import RunPluginManager
+from drivetrain.rng import isolated, mix
+
+
+def build(given: nn.Module | None, pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
+    """The module that the user gave, or the one that the model component builds from the run's seed."""
+    if given is None:
+        with isolated(mix(ctx.config.seed)):
+            given = ctx.strategy.build(lambda: pm.choose("make_model", ctx))
+    if given is None:
+        raise ConfigError([Problem("model", "is missing: pass Trainer(model, ...), or name a model in the configuration")])
+    if not isinstance(given, nn.Module):
+        raise ModelError(f"the model is a {type(given).__name__}, not a torch.nn.Module")
+    return given
+
+
+def prepare(pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
+    """Take `ctx.model` through the phases after building; sets it to what the loop calls and returns the inner module."""
+    for phase in ("make_quantized_model", "make_adapted_model"):
+        changed = pm.choose(phase, ctx)
+        ctx.model = ctx.model if changed is None else changed
+    model = ctx.precision.cast(ctx.strategy.place(ctx.model, ctx.device))
+    if ctx.config.activation_checkpointing:
+        checkpoint_activations(model, selective=ctx.config.activation_checkpointing == "selective")
+    if ctx.config.compile:
+        compile_blocks(model)
+    ctx.model = ctx.strategy.wrap(model)
+    return model
+
+
+def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks a model repeats: the members of every outermost ModuleList or Sequential that holds several of one class with
+    parameters."""
+    for child in model.children():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)) and _repeats(child):
+            yield from child
+        else:
+            yield from repeated_blocks(child)
+
+
+def _repeats(modules: nn.ModuleList | nn.Sequential) -> bool:
+    first = next(iter(modules), None)
+    same = all(type(m) is type(first) for m in modules)
+    return len(modules) > 1 and same and any(True for _ in modules.parameters())
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile each repeated block in place, which compiles its code once; without such blocks, the whole model."""
+    blocks = list(repeated_blocks(model)) or [model]
+    for block in blocks:
+        block.compile()
+
+
+def checkpoint_activations(model: nn.Module, selective: bool = False) -> None:
+    """Recompute the inside of each repeated block in backward (Chen et al. 2016, arXiv:1604.06174), in place.
+
+    Args:
+        selective: keep the results of matrix products and attention, which cost most to compute, and recompute the rest.
+
+    Raises:
+        ConfigError: when the model has no repeated blocks.
+    """
+    blocks = list(repeated_blocks(model))
+    if not blocks:
+        raise ConfigError(
+            [Problem("activation_checkpointing", "found no repeated blocks (a ModuleList of one class) in the model")]
+        )
+    options = {"context_fn": partial(create_selective_checkpoint_contexts, _expensive())} if selective else {}
+    for block in blocks:
+        block.forward = _recomputed(block.forward, options)
+
+
+def _expensive() -> list[Any]:
+    """Matrix products, and every attention kernel that this torch has."""
+    aten: Any = torch.ops.aten
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    kernels = [f"_scaled_dot_product_{kind}" for kind in kinds]
+    products = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default]
+    return products + [getattr(aten, name).default for name in kernels if hasattr(aten, name)]
+
+
+def _recomputed(forward: Any, options: dict[str, Any]) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
+
+    return run

@@ -1,0 +1,165 @@
+"""Random state: seeding by position, saving and putting back. numpy takes part when something else has imported it."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+def mix(*parts: int) -> int:
+    """One 64-bit seed from several numbers, such as (seed, epoch, index), by the finaliser of splitmix64.
+
+    Nearby inputs give unrelated outputs (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", fig. 19).
+    """
+    state = 0
+    for part in parts:
+        state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def seed_host(seed: int) -> None:
+    """Seed the host's generators: python's, torch's CPU generator and numpy's global one if it is loaded."""
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+
+
+def seed_all(seed: int, device: torch.device) -> None:
+    """Seed the host's generators and the device's."""
+    seed_host(seed)
+    if device.type != "cpu":
+        _device_module(device).manual_seed(seed)
+
+
+def host_state() -> dict[str, Any]:
+    """The state of the host's generators: numbers, tuples and one tensor."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.default_generator.get_state()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        name, key, *rest = numpy.random.get_state()
+        state["numpy"] = (name, key.tolist(), *rest)
+    return state
+
+
+def set_host_state(state: Mapping[str, Any]) -> None:
+    """Put back what `host_state` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    torch.default_generator.set_state(state["torch"])
+    if "numpy" in state:
+        numpy = sys.modules.get("numpy") or import_module("numpy")  # the saved run had it loaded, so its state matters
+        name, key, *rest = state["numpy"]
+        numpy.random.set_state((name, numpy.array(key, dtype=numpy.uint32), *rest))
+
+
+def full_state(device: torch.device) -> dict[str, Any]:
+    """The state of the host's generators and the device's."""
+    state = host_state()
+    if device.type != "cpu":
+        state["device"] = _device_module(device).get_rng_state(device)
+    return state
+
+
+def set_full_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `full_state` gave; a state saved on another kind of device has no part for this one."""
+    set_host_state(state)
+    if device.type != "cpu" and "device" in state:
+        _device_module(device).set_rng_state(state["device"], device)
+
+
+@contextmanager
+def isolated(seed: int | None = None) -> Iterator[None]:
+    """Run a block without touching the host's generators, seeded with `seed` if it is given."""
+    with _lock:
+        before = host_state()
+        try:
+            if seed is not None:
+                seed_host(seed)
+            yield
+        finally:
+            set_host_state(before)
+
+
+# Torch, Python and NumPy have one global generator for each process, and dropout takes no other. So the runs of a process take
+# turns: during a step the generators are one run's alone, and whoever comes next finds them as it left them itself.
+_lock = threading.RLock()  # one thread may nest runs: a callback that trains something else
+_nested: list[Turn] = []  # the runs in whose turns the thread that has the lock is, the innermost last
+# Whose state a generator ("host" or a device) has now, and the states of all others; None is the code outside of runs.
+_holders: dict[object, Turn | None] = {}
+_states: dict[tuple[object, Turn | None], Any] = {}
+
+
+class Turn:
+    """The global generators with one run's state in them, as a context: held by one thread at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._generators = ("host",) if device.type == "cpu" else ("host", device)
+
+    def __enter__(self) -> None:
+        _lock.acquire()
+        _nested.append(self)
+        self._take()
+
+    def __exit__(self, *error: object) -> None:
+        _nested.pop()
+        if _nested:
+            _nested[-1]._take()
+        _lock.release()
+
+    def _take(self) -> None:
+        for generator in self._generators:
+            holder = _holders.get(generator)
+            if holder is not self:
+                _states[generator, holder] = _get(generator)
+                _set(generator, _states.pop((generator, self), _states[generator, None]))
+                _holders[generator] = self
+
+    def end(self) -> None:
+        """The run is over: the state that it has put back is that of code outside of runs."""
+        for generator in self._generators:
+            _states.pop((generator, self), None)
+            if _holders.get(generator) is self:
+                del _holders[generator]
+
+
+def in_turns(device: torch.device, steps: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Each item of `steps`, computed in one turn; between two of them other runs may have theirs."""
+    turn = Turn(device)
+    try:
+        while True:
+            with turn:
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
+    finally:
+        with turn:
+            steps.close()
+            turn.end()
+
+
+def _get(generator: Any) -> Any:
+    return host_state() if generator == "host" else _device_module(generator).get_rng_state(generator)
+
+
+def _set(generator: Any, state: Any) -> None:
+    if generator == "host":
+        set_host_state(state)
+    else:
+        _device_module(generator).set_rng_state(state, generator)
+
+
+def _device_module(device: torch.device) -> Any:
+    return torch.get_device_module(device)

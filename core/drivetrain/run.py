@@ -1,0 +1,422 @@
+"""One run: how its parts are chosen and put together, and what its periodic actions do."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from attrs import frozen
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from drivetrain.agenda import Agenda
+from drivetrain.agreement import agree
+from drivetrain.calling import ModelCall
+from drivetrain.catalogue import STANDARD_CALLBACKS
+from drivetrain.cluster import detect
+from drivetrain.components import Component, adopt, component, make_component
+from drivetrain.config import TrainingConfig
+from drivetrain.context import CallbackContext
+from drivetrain.data import Source, Split, StreamSource, make_source
+from drivetrain.devices import DeviceManager
+from drivetrain.duration import Duration
+from drivetrain.errors import ConfigError, DataError, PluginError, Problem
+from drivetrain.evaluation import Metrics, evaluate
+from drivetrain.fitting import choose_strategy
+from drivetrain.hooks import Events, RunPluginManager, bind
+from drivetrain.loop import Loop
+from drivetrain.optim import follow_parameters
+from drivetrain.precision import Precision
+from drivetrain.prepare import build, prepare
+from drivetrain.registry import is_installed
+from drivetrain.rehearsal import rehearsal
+from drivetrain.strategy import Strategy
+
+
+@frozen
+class Given:
+    """What the caller of `Trainer` handed over; None means: take it from the configuration."""
+
+    model: nn.Module | None
+    config: TrainingConfig
+    train_dataset: Any
+    eval_dataset: Any
+    callbacks: tuple[Any, ...]
+    loss: Any
+    step: Any
+    optimizer: Any
+    scheduler: Any
+    collator: Any
+    metrics: Metrics
+    precision: Precision | None
+    strategy: Strategy | None
+    device: Any
+
+
+class Run:
+    """The parts of one run. Making it raises for everything that is wrong with them, before any training."""
+
+    def __init__(self, given: Given, ctx: CallbackContext) -> None:
+        self.given, self.ctx = given, ctx
+        ctx.run = self
+        ctx.config = self.config = _with_specs(given)
+        ctx.resume = self.config.resume
+        self.devices = DeviceManager(str(given.device or self.config.device), detect().local_rank)
+        ctx.device = self.devices.device
+        self.components = self._components()
+        self.pm = RunPluginManager(self.components)
+        ctx.strategy = given.strategy or self.pm.choose("make_strategy", ctx) or Strategy()
+        ctx.strategy.setup(ctx.device)
+        if self.chosen_because:
+            ctx.strategy.reason += f"; {ctx.strategy.name}, since {self.chosen_because}"
+        agree(ctx, self.components)
+        ctx.precision = given.precision or self.pm.choose("make_precision", ctx) or Precision()
+        ctx.model = build(given.model, self.pm, ctx)
+        self.transfer = None if self.devices.type == "cpu" else self.devices.to
+        self.source = self._train_source()
+        self.eval_source = self._eval_source()
+        ctx.eval_batches = 0 if self.eval_source is None else self.eval_source.steps_per_epoch
+        _set_length(ctx, self.source)
+        before = dict(ctx.model.named_parameters())
+        self.model = prepare(self.pm, ctx)
+        ctx.optimizer = self._optimizer(before)
+        ctx.precision.attach(ctx.optimizer)
+        self.metrics = given.metrics or self.pm.choose("make_metrics", ctx)
+        self.call = ModelCall(given.loss or self.pm.choose("make_loss", ctx), given.step)
+        self.pm.wrap_listeners(ctx)
+        self.events = Events(self.pm)
+        self.agenda = Agenda(ctx)
+        self.losses: list[tuple[int, float]] = []
+        self.evaluated_at = -1
+        self.loop = Loop(
+            ctx,
+            self.events,
+            self.agenda,
+            self.source,
+            self.call,
+            self._schedule(),
+            self.config.max_grad_norm or None,
+            self.transfer,
+        )
+        self._fill_agenda()
+
+    # -- choosing ----------------------------------------------------------------------------------------------------------
+
+    def _components(self) -> list[Component]:
+        """The run's components in the order of their calls: single ones, standard callbacks, the configuration's, the caller's."""
+        made = self.config.components(self._replaced())
+        self.single = made.single
+        self.chosen_because = self._choose_strategy()
+        own = [_callback(thing, index) for index, thing in enumerate(self.given.callbacks)]
+        standard = []
+        if self.config.standard_callbacks:
+            taken = {type(c) for c in [*made.callbacks, *own]}
+            found = [make_component("callback", name) for name in STANDARD_CALLBACKS if is_installed("callback", name)]
+            standard = [c for c in found if type(c) not in taken]
+        single = [c for key, c in made.single.items() if key != "eval_data"]
+        if isinstance(self.given.scheduler, (LRScheduler, ReduceLROnPlateau)):
+            own.append(adopt(_TorchScheduler(scheduler=self.given.scheduler), "scheduler:torch", "torch"))
+        return [*single, *standard, *made.callbacks, *own]
+
+    def _choose_strategy(self) -> str:
+        """With "auto" and several processes, take the strategy that the model's size asks for; returns why."""
+        ddp = self.single.get("distributed")
+        if self.config.distributed != "auto" or ddp is None or ddp.plugin_name != "strategy:ddp":
+            return ""
+        maker, optimizer = self.single.get("model"), self.single.get("optimizer")
+        name, why = choose_strategy(
+            self.given.model,
+            partial(getattr(maker, "make_model", lambda _: None), self.ctx),
+            self.devices.total_memory,
+            state_8bit=optimizer is not None and optimizer.plugin_name.endswith("8bit"),
+            adapters=self.config.mode_name not in ("full_finetune", "pretraining"),
+        )
+        if name != "ddp":
+            self.single["distributed"] = make_component("strategy", name, "distributed")
+        return why
+
+    def _replaced(self) -> set[str]:
+        """The keys of the configuration whose place a ready object takes."""
+        given = self.given
+        ready_optimizer = isinstance(given.optimizer, torch.optim.Optimizer)
+        objects = {
+            "model": given.model,
+            "data": given.train_dataset,
+            "eval_data": given.eval_dataset,
+            "precision": given.precision,
+            "distributed": given.strategy,
+            "optimizer": given.optimizer if ready_optimizer else None,
+            "scheduler": given.scheduler if callable(given.scheduler) or hasattr(given.scheduler, "step") else None,
+        }
+        replaced = {key for key, value in objects.items() if value is not None}
+        if ready_optimizer and self.config.scheduler is None:
+            replaced.add("scheduler")  # a ready optimizer keeps its own learning rate unless a schedule is asked for
+        return replaced
+
+    def _train_source(self) -> Source:
+        data = self.given.train_dataset
+        if data is None and (maker := self.single.get("data")) is not None:
+            data = maker.make_dataset(self.ctx)  # type: ignore[attr-defined]
+        if data is None:
+            raise ConfigError([Problem("data", "is missing: pass Trainer(..., train_dataset=...), or name a data set")])
+        self.train_data = data
+        return self._source(data, self.config.per_device_batch_size, _accumulation(self.config, self.ctx.strategy), "train")
+
+    def _eval_source(self) -> Source | None:
+        data = self.given.eval_dataset
+        if data is None and (maker := self.single.get("eval_data")) is not None:
+            data = maker.make_dataset(self.ctx)  # type: ignore[attr-defined]
+        if data is None and self.given.train_dataset is None:
+            data = self.pm.choose("make_eval_dataset", self.ctx)
+        return None if data is None else self.eval_source_of(data)
+
+    def eval_source_of(self, data: Any) -> Source:
+        """A source for evaluation: in order, nothing left out, one microbatch at a time."""
+        return self._source(data, self.config.per_device_eval_batch_size or self.config.per_device_batch_size, 1, "eval")
+
+    def _source(self, data: Any, batch_size: int, accumulation: int, which: str) -> Source:
+        loader = copy.copy(self.config.dataloader)
+        if which == "eval":
+            loader.shuffle = loader.drop_last = False
+        pin = self.devices.type == "cuda" if loader.pin_memory is None else loader.pin_memory
+        collate = self.given.collator or self.pm.choose("make_collator", self.ctx)
+        try:
+            return make_source(
+                data,
+                Split(batch_size, accumulation, self.ctx.strategy.data_rank, self.ctx.strategy.data_ranks),
+                seed=self.config.seed,
+                loader=loader,
+                collate=collate,
+                pin=pin,
+            )
+        except DataError as error:
+            raise DataError(f"{which} data: {error}") from None
+
+    def _optimizer(self, before: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        given = self.given.optimizer
+        if isinstance(given, torch.optim.Optimizer):
+            follow_parameters(given, before, self.ctx.model)
+        made = given if isinstance(given, torch.optim.Optimizer) else self.pm.choose("make_optimizer", self.ctx)
+        if made is None:
+            raise ConfigError(
+                [
+                    Problem(
+                        "optimizer",
+                        "is missing: pass Trainer(..., optimizer=...), or pip install drivetrain-optimizers for adamw",
+                    )
+                ]
+            )
+        if not isinstance(made, torch.optim.Optimizer):
+            raise PluginError(f"{self.single['optimizer']} made {made!r}, which is no torch.optim.Optimizer")
+        return made
+
+    def _schedule(self) -> Callable[[float], float] | None:
+        given = self.given.scheduler
+        if isinstance(given, (LRScheduler, ReduceLROnPlateau)):
+            return None
+        if callable(given) and not isinstance(given, Component):
+            return given  # type: ignore[no-any-return]
+        return self.pm.choose("make_schedule", self.ctx)  # type: ignore[no-any-return]
+
+    # -- trying out --------------------------------------------------------------------------------------------------------
+
+    def rehearsal(self, batch_size: int | None = None) -> AbstractContextManager[Callable[[], Tensor]]:
+        """See `CallbackContext.rehearsal`."""
+        return rehearsal(self.ctx, self.loop, self.source if batch_size is None else self._resized(batch_size))
+
+    def resize(self, batch_size: int) -> None:
+        """See `CallbackContext.resize`."""
+        self.source.close()
+        self.source = self.loop.source = self._resized(batch_size)
+
+    def _resized(self, batch_size: int) -> Source:
+        share = self.config.per_device_batch_size * _accumulation(self.config, self.ctx.strategy)
+        if isinstance(self.source, StreamSource) or share % batch_size:
+            why = "ready batches and streams keep their size" if share % batch_size == 0 else f"{share} is no multiple of it"
+            raise ConfigError([Problem("per_device_batch_size", f"cannot become {batch_size}: {why}")])
+        return self._source(self.train_data, batch_size, share // batch_size, "train")
+
+    # -- periodic actions --------------------------------------------------------------------------------------------------
+
+    def _fill_agenda(self) -> None:
+        self.agenda.add(self.config.log_interval, self.log)
+        if self.config.eval_interval is not None and self.eval_source is not None:
+            self.agenda.add(self.config.eval_interval, self._evaluate_as_planned)
+        for _, thing in self.pm.listeners("on_every"):
+            every = getattr(thing, "every", None)
+            if every is None:  # the component chose not to be called
+                continue
+            notify = bind(self.pm, "on_every", only=thing)
+            assert notify is not None
+            self.agenda.add(_period(every, thing), partial(notify, self.ctx))
+
+    def log(self) -> None:
+        """Read what has gathered since the last log from the device, in one go, and tell the listeners."""
+        ctx, pending = self.ctx, self.ctx._pending
+        if not self.loop.losses and not pending:
+            return
+        values: dict[str, Any] = {}
+        if self.loop.losses:
+            values = {"train/loss": torch.stack(self.loop.losses).float().mean(), "train/lr": ctx.lr}
+        if ctx.grad_norm is not None:
+            values["train/grad_norm"] = ctx.grad_norm
+        if "train/loss" in values and ctx.strategy.world_size > 1:
+            values["train/loss"] = ctx.strategy.sum(values["train/loss"]) / ctx.strategy.world_size
+        ctx.metrics = read(values | pending)
+        self.loop.losses, ctx._pending = [], {}
+        if "train/loss" in ctx.metrics:
+            self.losses.append((ctx.step, ctx.metrics["train/loss"]))
+        if self.events.log is not None:
+            self.events.log(ctx)
+        ctx.last_logged, ctx.shown = ctx.metrics, []
+        if ctx._back_to is not None:
+            self._go_back(ctx._back_to)
+
+    def _go_back(self, saved: Mapping[str, Any]) -> None:
+        """Go on from an earlier state, unless somebody has stopped the run; the loop opens the data anew."""
+        ctx, seconds, resumed = self.ctx, self.ctx.seconds, self.ctx.resumed
+        ctx._back_to = None
+        if ctx.stop_reason is not None and not ctx.at_end:
+            return
+        ctx.load_state_dict(saved)
+        ctx.seconds, ctx.resumed = seconds, resumed  # the time is spent
+        assert self.loop.on_resume is not None
+        self.loop.on_resume()  # for whatever else is due now; the loop does it once more when the data is open
+        self.losses = [(step, loss) for step, loss in self.losses if step <= ctx.step]
+        ctx.stop_reason, ctx.at_end = None, False
+        self.agenda.replan()
+
+    def evaluate(self, source: Source | None = None) -> dict[str, float]:
+        """Evaluate now and tell the listeners."""
+        chosen = source or self.eval_source
+        if chosen is None:
+            raise DataError("there is nothing to evaluate on: pass Trainer(..., eval_dataset=...) or evaluate(dataset).")
+        return evaluate(self.ctx, self.events, chosen, self.call, self.metrics, self.transfer)
+
+    def _evaluate_as_planned(self) -> None:
+        self.evaluated_at = self.ctx.step
+        self.evaluate()
+
+    def finish(self) -> bool:
+        """At a regular end: log and evaluate what the periods left over. False when that made the run go back."""
+        self.log()
+        if self.ctx.stop_reason is None:
+            return False
+        wanted = self.config.eval_interval is not None and self.eval_source is not None
+        if wanted and self.evaluated_at != self.ctx.step and self.ctx.step > 0:
+            self._evaluate_as_planned()
+        return True
+
+    def close(self) -> None:
+        """End what a sitting has started: worker processes and the strategy's connections."""
+        for source in (self.source, self.eval_source):
+            if source is not None:
+                source.close()
+        self.ctx.strategy.teardown()
+
+    def position_of(self, length: Duration | str | float) -> float:
+        """A length of training in the run's unit; see `CallbackContext.position_of`."""
+        ctx = self.ctx
+        if not isinstance(length, (Duration, str)):
+            return float(length) * ctx.run_length if length else 0.0
+        wanted = Duration.parse(length)
+        if wanted.unit == "%":
+            return ctx.run_length * wanted.value / 100
+        if wanted.unit == ctx.run_unit:
+            return wanted.value
+        if wanted.unit == "ep" and ctx.run_unit == "st" and ctx.steps_per_epoch:
+            return wanted.value * ctx.steps_per_epoch
+        if wanted.unit == "sp" and ctx.run_unit == "st" and self.source.samples_per_step:
+            return wanted.value / self.source.samples_per_step
+        unit = Duration(1, ctx.run_unit).unit_name
+        raise ConfigError(
+            [
+                Problem(
+                    "max_duration",
+                    f"the run is measured in {unit}, so {wanted} cannot be placed in it; give {unit} or a percentage",
+                )
+            ]
+        )
+
+
+@component
+class _TorchScheduler(Component):
+    """A ready torch scheduler: stepped after each optimizer step, a plateau scheduler after each evaluation."""
+
+    scheduler: Any
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(ctx.eval_metrics["eval/loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.scheduler.state_dict())
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.scheduler.load_state_dict(dict(saved))
+
+
+def read(values: Mapping[str, Any]) -> dict[str, float]:
+    """Values as floats in the same order; all tensors are read from the device in one transfer."""
+    tensors = {name: value.detach().float().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
+    host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
+    return {name: host[name] if name in host else float(value) for name, value in values.items()}
+
+
+def _with_specs(given: Given) -> TrainingConfig:
+    """The configuration with the components that were given by name as arguments."""
+    config = copy.copy(given.config)
+    for key, value in (("optimizer", given.optimizer), ("scheduler", given.scheduler)):
+        if isinstance(value, (str, Mapping, Component)):
+            setattr(config, key, value)
+    config.check()
+    return config
+
+
+def _callback(thing: Any, index: int) -> Component:
+    if isinstance(thing, type):
+        raise PluginError(f"callbacks[{index}] is the class {thing.__name__}; give an instance: {thing.__name__}()")
+    return make_component("callback", thing, f"callbacks[{index}]")
+
+
+def _accumulation(config: TrainingConfig, strategy: Strategy) -> int:
+    """Microbatches in one step of this process."""
+    if config.global_batch_size is None:
+        return config.gradient_accumulation_steps
+    per_round = config.per_device_batch_size * strategy.data_ranks
+    if config.global_batch_size % per_round:
+        raise ConfigError(
+            [
+                Problem(
+                    "global_batch_size",
+                    f"{config.global_batch_size} is no multiple of per_device_batch_size × processes = "
+                    f"{config.per_device_batch_size} × {strategy.data_ranks} = {per_round}",
+                )
+            ]
+        )
+    return config.global_batch_size // per_round
+
+
+def _set_length(ctx: CallbackContext, source: Source) -> None:
+    """Express `max_duration` in steps when they can be known ahead, else in its own unit."""
+    wanted = ctx.config.max_duration
+    ctx.steps_per_epoch = source.steps_per_epoch
+    ctx.run_unit, ctx.run_length = wanted.unit, wanted.value
+    if wanted.unit == "ep" and source.steps_per_epoch is not None:
+        ctx.run_unit, ctx.run_length = "st", math.ceil(wanted.value * source.steps_per_epoch - 1e-9)
+
+
+def _period(every: Any, thing: Component) -> Duration:
+    try:
+        return Duration.parse(every)
+    except ValueError as error:
+        raise ConfigError([Problem(f"{thing.plugin_name}.every", str(error))]) from None

@@ -1,0 +1,438 @@
+"""`Trainer`: the public face of one run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain.calling import LossFunction, StepFunction
+from drivetrain.config import TrainingConfig
+from drivetrain.context import CallbackContext
+from drivetrain.errors import ConfigError, DrivetrainError, PluginError, Problem
+from drivetrain.evaluation import Metrics
+from drivetrain.hooks import Event
+from drivetrain.manifest import Change, compare, describe
+from drivetrain.output import Step, TrainOutput
+from drivetrain.precision import Precision
+from drivetrain.rng import full_state, in_turns, mix, seed_all, set_full_state
+from drivetrain.run import Given, Run
+from drivetrain.strategy import Strategy
+
+_COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps")
+
+
+class Trainer:
+    """Train a model.
+
+    Args:
+        model: any `nn.Module`; None builds the one that the configuration names.
+        args: the configuration; None for the defaults.
+        train_dataset: a map-style or iterable data set, or an iterable of ready batches such as a DataLoader.
+        eval_dataset: the same for evaluation.
+        callbacks: callback objects, after those of the configuration.
+        loss: `loss(outputs, targets)` for batches that are pairs, `loss(outputs, batch)` otherwise; not needed when the model
+            returns its loss (a scalar tensor, `Loss`, `["loss"]` or `.loss`).
+        optimizer: a ready torch optimizer, or what the configuration's `optimizer` takes.
+        scheduler: a torch scheduler, a function from the position to the learning rate's factor, or what `scheduler` takes.
+        step: `step(model, batch) -> loss` in place of all that, for batches of any form.
+        data_collator: joins a list of samples to a batch.
+        compute_metrics: `metrics(outputs, batch)` that returns means or `Loss(total, weight)` by name, averaged over the
+            evaluation as it goes; or a mapping of names to objects with `update`, `compute` and `reset` (torchmetrics).
+        precision: a ready `Precision` in place of the configuration's.
+        strategy: a ready `Strategy` in place of the configuration's.
+        device: a torch device or its name in place of the configuration's.
+
+    Raises:
+        DrivetrainError: for everything that is wrong with the configuration, the data or the parts, before any training.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *,
+        callbacks: Iterable[Any] = (),
+        loss: LossFunction | None = None,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        step: StepFunction | None = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        compute_metrics: Metrics = None,
+        precision: Precision | None = None,
+        strategy: Strategy | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        config = TrainingConfig() if args is None else args
+        if not isinstance(config, TrainingConfig):
+            raise DrivetrainError(f"args must be a TrainingConfig, not {type(args).__name__}; see load_training_config.")
+        self._run_dir: Path | None = None
+        self._started: float | None = None
+        self._rng: Mapping[str, Any] | None = None
+        self._description: dict[str, Any] | None = None
+        self._restored = False
+        self.ctx = CallbackContext(self)
+        given = Given(
+            model=model,
+            config=config,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=tuple(callbacks),
+            loss=loss,
+            step=step,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            collator=data_collator,
+            metrics=compute_metrics,
+            precision=precision,
+            strategy=strategy,
+            device=device,
+        )
+        with _judged(self.ctx):
+            self._run = Run(given, self.ctx)
+
+    # -- training ----------------------------------------------------------------------------------------------------------
+
+    def train(self, resume: str | Path | None = None) -> TrainOutput:
+        """Train to the end.
+
+        Args:
+            resume: "auto", "never" or a path, in place of the configuration's `resume`.
+        """
+        for _ in self.steps(resume):
+            pass
+        return self.output
+
+    def steps(self, resume: str | Path | None = None) -> Iterator[Step]:
+        """Train, giving each finished step to the caller's own loop. Leaving that loop ends the run in good order.
+
+        Several trainers of one process may be at it at the same time, in threads or in turn: each step is one run's alone, so that
+        all end as if they were the only one. Data that one of them waits for must not come from another's step. Code outside of
+        runs that draws from the global generators meanwhile (a new model's weights) draws from the numbers of the run that has them.
+        """
+        return in_turns(self.ctx.device, self._sitting(resume))
+
+    def _sitting(self, resume: str | Path | None) -> Generator[Step, None, None]:
+        ctx, run = self.ctx, self._run
+        if self._started is not None:
+            raise DrivetrainError("this trainer is training already; finish or leave the other loop first.")
+        ctx.resume = ctx.resume if resume is None else str(resume)
+        # Only in a second sitting in this process: before the first one a stop may have been asked for already.
+        if self._rng is not None:
+            ctx.stop_reason, ctx.stop_wanted, ctx.exception, ctx.interrupted, ctx.at_end = None, None, None, False, False
+        callers_rng = full_state(ctx.device)
+        self._started = time.monotonic()
+        try:
+            self._start()
+            began = ctx.step
+            yield from run.loop.steps()
+            while not self._stopped_early and ctx.step > began:  # a run that was complete already has nothing left to log
+                if run.finish():
+                    break
+                yield from run.loop.steps()
+            if self._stopped_early and run.events.preempt is not None:
+                run.events.preempt(ctx)
+        except GeneratorExit:
+            self.stop("the caller left the loop")
+            ctx.stop_reason = ctx.stop_wanted
+            raise
+        except BaseException as error:
+            cause = ctx.strategy.judge(error)
+            self._failed(cause)
+            if cause is error:
+                raise
+            raise cause from error
+        finally:
+            self._end(callers_rng)
+
+    def evaluate(self, dataset: Any = None) -> dict[str, float]:
+        """Evaluate on the evaluation data, or on `dataset`: every sample once, means weighted exactly.
+
+        Returns:
+            "eval/loss" and "eval/NAME" for each metric.
+        """
+        return self._run.evaluate(None if dataset is None else self._run.eval_source_of(dataset))
+
+    def restore(self, resume: str | Path | None = None) -> int:
+        """Load the state that `resume` names without training, to evaluate or export what a run has learned.
+
+        Args:
+            resume: "auto" or a path, in place of the configuration's `resume`.
+
+        Returns:
+            The step at which that state was saved; 0 when there was none.
+        """
+        self.ctx.resume = self.ctx.resume if resume is None else str(resume)
+        self._restore()
+        return self.ctx.step
+
+    def stop(self, reason: str) -> None:
+        """Interrupt the run after the current step. May be called from a signal handler or another thread."""
+        self.ctx.interrupted = True
+        self.ctx.stop(reason)
+
+    # -- results and parts -------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> TrainOutput:
+        """What the run has given so far."""
+        ctx = self.ctx
+        return TrainOutput(
+            steps=ctx.step,
+            losses=list(self._run.losses),
+            metrics={**ctx.last_logged, **ctx.eval_metrics},
+            stop_reason=ctx.stop_reason or "not finished",
+            completed=ctx.stop_reason is not None and not self._stopped_early and ctx.exception is None,
+            seconds=self.elapsed,
+            run_dir=self._run_dir,
+            checkpoint=ctx.checkpoint_path,
+        )
+
+    @property
+    def _stopped_early(self) -> bool:
+        """Whether an interruption ended the run; one that comes when the end has been reached changes nothing."""
+        ctx = self.ctx
+        return ctx.interrupted and ctx.stop_reason is not None and not ctx.at_end
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The run's configuration."""
+        return self.ctx.config
+
+    @property
+    def model(self) -> nn.Module:
+        """The prepared model, without the strategy's wrapper."""
+        return self._run.model
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, all sittings together."""
+        return self.ctx.seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    @property
+    def has_run_dir(self) -> bool:
+        """Whether the run's directory exists, without making it."""
+        return self._run_dir is not None or (self.config.run_name is not None and self._named_dir().is_dir())
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory, made now if it does not exist. Without a `run_name` each run gets a new one."""
+        if self._run_dir is None:
+            if self.config.run_name is None:
+                self.config.run_name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
+            path = self._named_dir()
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                message = f"the run directory {path} cannot be made: {error.strerror or error}. Choose another output_dir."
+                raise ConfigError([Problem("output_dir", message)]) from error
+            self._run_dir = path
+        return self._run_dir
+
+    def _named_dir(self) -> Path:
+        return self.config.output_dir / str(self.config.run_name)
+
+    def plugins(self) -> list[str]:
+        """The names of the run's components, in the order of their calls."""
+        return [thing.plugin_name for thing in self._run.components]
+
+    def listeners(self) -> dict[str, list[str]]:
+        """For each event that somebody listens to, who does, in the order of the calls."""
+        from drivetrain.hookspecs import EVENTS
+
+        found = {event: [thing.plugin_name for _, thing in self._run.pm.listeners(event)] for event in EVENTS}
+        return {event: names for event, names in found.items() if names}
+
+    # -- state -------------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, *, own: bool = False) -> dict[str, Any]:
+        """Everything the run needs to go on exactly: a tree of dicts, lists, tuples, numbers, texts and tensors.
+
+        The tensors are the live ones: copy them before the next step, or write them out at once.
+
+        Args:
+            own: of sharded weights and their optimizer's state, this process's part instead of the whole on rank 0.
+        """
+        ctx, strategy = self.ctx, self.ctx.strategy
+        random = strategy.gather(full_state(ctx.device))
+        if own:
+            model, optimizer = strategy.own_state(ctx.model, ctx.optimizer)
+        else:
+            model, optimizer = strategy.model_state(ctx.model), strategy.optimizer_state(ctx.model, ctx.optimizer)
+        return {
+            "progress": {name: getattr(ctx, name) for name in _COUNTERS} | {"seconds": self.elapsed},
+            "model": model,
+            "optimizer": optimizer,
+            "precision": ctx.precision.state_dict(),
+            "components": {thing.plugin_name: state for thing in self._run.components if (state := thing.state_dict())},
+            "rng": random[:: strategy.world_size // strategy.data_ranks],  # those that share data share their random numbers
+            "manifest": self.manifest,
+        }
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What this run is made of, as plain data; see `drivetrain.manifest`."""
+        if self._description is None:
+            self._description = describe(self.ctx)
+        return self._description
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave, to the same model, optimizer and components.
+
+        Raises:
+            DrivetrainError: when a part is missing or does not fit, or when the run is no longer what it was and
+                `resume_changed` does not allow that; nothing is skipped silently.
+        """
+        ctx, run = self.ctx, self._run
+        if missing := {"progress", "model", "optimizer", "precision", "components", "rng", "manifest"} - set(saved):
+            raise DrivetrainError(f"the saved state lacks {', '.join(sorted(missing))}; it was not made by Trainer.state_dict.")
+        changes = compare(saved["manifest"], self.manifest)
+        self._judge(changes)
+        chosen_keys = set(ctx.optimizer.defaults) - {"params"}  # other entries of a group are the optimizer's running values
+        options = [{k: v for k, v in group.items() if k in chosen_keys} for group in ctx.optimizer.param_groups]
+        self._load_components(saved["components"])
+        try:
+            ctx.strategy.load_model_state(ctx.model, saved["model"])
+        except (RuntimeError, KeyError) as error:
+            raise DrivetrainError(f"the saved weights do not fit the model: {error}") from error
+        try:
+            ctx.strategy.load_optimizer_state(ctx.model, ctx.optimizer, saved["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise DrivetrainError(f"the saved optimizer state does not fit {type(ctx.optimizer).__name__}: {error}") from error
+        if any(change.key.startswith("optimizer") and change.verdict == "refuse" for change in changes):
+            for group, chosen in zip(ctx.optimizer.param_groups, options, strict=True):
+                group.update(chosen)  # allowed by `_judge`: the options that this run asks for, not the saved ones
+        ctx.precision.load_state_dict(saved["precision"])
+        for name in _COUNTERS:
+            setattr(ctx, name, saved["progress"][name])
+        ctx.seconds = saved["progress"]["seconds"] - (self.elapsed - ctx.seconds)
+        # Opening the data draws random numbers; the model's must go on from where they were when the state was saved.
+        run.loop.on_resume = partial(self._restore_rng, saved["rng"])
+        self._restored = ctx.resumed = True
+
+    def _judge(self, changes: list[Change]) -> None:
+        """Refuse what would not fit the run's beginning, unless it is wanted; warn of what may matter."""
+        refused = [change for change in changes if change.verdict == "refuse"]
+        if refused and self.config.resume_changed == "refuse":
+            listed = "".join(f"\n  {change}" for change in refused)
+            raise DrivetrainError(
+                f"the run was begun otherwise than it would go on:{listed}\nPut that back, or give another run_name for a new "
+                'run, or say that the change is wanted: resume_changed = "allow" (resume_changed=allow on the command line).'
+            )
+        said = [change for change in changes if change.verdict != "safe"]
+        if said and self.ctx.is_main:
+            listed = "".join(f"\n  {change}" for change in said)
+            warnings.warn(f"the run goes on with changes:{listed}", stacklevel=2)
+
+    def _restore_rng(self, saved: list[Mapping[str, Any]]) -> None:
+        """Put back this rank's random state; for another number of ranks there is none, and each gets a new one."""
+        rank, ranks = self.ctx.strategy.data_rank, self.ctx.strategy.data_ranks
+        if len(saved) == ranks:
+            set_full_state(saved[rank], self.ctx.device)
+            return
+        seed_all(mix(self.config.seed, rank, self.ctx.step), self.ctx.device)
+        warnings.warn(
+            f"the state was saved by {len(saved)} processes and goes on with {ranks}: same samples in the same steps, but "
+            "new random numbers for dropout and the like.",
+            stacklevel=2,
+        )
+
+    def _load_components(self, saved: Mapping[str, Any]) -> None:
+        present = {thing.plugin_name: thing for thing in self._run.components}
+        expected = {name for name, thing in present.items() if thing.state_dict()}
+        for name in sorted(set(saved) - expected):
+            warnings.warn(f"{name} had state when the run was saved and takes no part now; its state is dropped.", stacklevel=2)
+        for name in sorted(expected - set(saved)):
+            warnings.warn(f"{name} took no part when the run was saved; it starts afresh.", stacklevel=2)
+        for name, state in saved.items():
+            if name not in expected:
+                continue
+            try:
+                present[name].load_state_dict(state)
+            except Exception as error:
+                error.add_note(f"raised in load_state_dict of {name} ({present[name].origin})")
+                raise
+
+    # -- start and end -----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        ctx, run = self.ctx, self._run
+        if self._rng is not None:  # a second sitting in this process
+            set_full_state(self._rng, ctx.device)
+        else:
+            seed_all(mix(ctx.config.seed, ctx.strategy.data_rank), ctx.device)
+            self._restore()
+        if not ctx.model.training:
+            ctx.model.train()
+        if run.events.run_start is not None:
+            run.events.run_start(ctx)
+        run.agenda.replan()
+
+    def _restore(self) -> None:
+        ctx = self.ctx
+        _ = self.manifest  # of the parts as they were put together: a schedule changes an optimizer's options
+        if self._run.events.restore is not None:
+            self._run.events.restore(ctx)
+        if not self._restored and ctx.resume not in ("auto", "never"):
+            raise PluginError(
+                f"resume names {ctx.resume!r}, but no active plugin restored it. Add the checkpoint callback "
+                "(pip install drivetrain-checkpoint)."
+            )
+
+    def _failed(self, error: BaseException) -> None:
+        """Tell the listeners; what they raise is noted on the original error, which stays the one reported."""
+        self.ctx.exception = error
+        self.ctx.stop_reason = f"{type(error).__name__}: {error}"
+        _quietly(self._run.events.exception, self.ctx, error)
+
+    def _end(self, callers_rng: Mapping[str, Any]) -> None:
+        ctx, run = self.ctx, self._run
+        try:
+            if ctx.exception is not None:
+                _quietly(run.events.run_end, ctx, ctx.exception)
+            elif run.events.run_end is not None:
+                with _judged(ctx):
+                    run.events.run_end(ctx)
+        finally:
+            self._rng = full_state(ctx.device)
+            ctx.seconds, self._started = self.elapsed, None
+            if not sys.is_finalizing():  # a loop left unfinished at the end of the process
+                set_full_state(callers_rng, ctx.device)
+            run.close()
+
+    def __repr__(self) -> str:
+        return f"Trainer({type(self.model).__name__}, step={self.ctx.step}, device={self.ctx.device})"
+
+
+@contextmanager
+def _judged(ctx: CallbackContext) -> Iterator[None]:
+    """Let the strategy say which process is at fault; before there is one, processes know nothing of each other."""
+    try:
+        yield
+    except Exception as error:
+        strategy: Strategy | None = getattr(ctx, "strategy", None)
+        cause = error if strategy is None else strategy.judge(error)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _quietly(event: Event | None, ctx: CallbackContext, original: BaseException) -> None:
+    if event is None:
+        return
+    try:
+        event(ctx)
+    except Exception as error:
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        original.add_note(f"after that, {type(error).__name__}: {error} ({notes})")

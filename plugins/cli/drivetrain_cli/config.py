@@ -1,0 +1,96 @@
+"""`drivetrain config`: what a configuration comes to, where its values come from, and the learning rate it gives."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from drivetrain.errors import ConfigError
+from drivetrain_cli.terminal import clean, clean_lines, faint
+
+if TYPE_CHECKING:
+    from drivetrain import TrainingConfig
+
+OVERRIDES = "values that replace those of the file: optimizer.lr=6e-4, callbacks.checkpoint.every=100st"
+
+
+class Config:
+    """Show, explain or plot a configuration without training."""
+
+    help = "show a configuration, where its values come from, or its learning rate"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare `show`, `explain` and `plot`."""
+        actions = parser.add_subparsers(metavar="ACTION", required=True)
+        for name, action, help in (
+            ("show", _show, "the resolved configuration, defaults included, as TOML"),
+            ("explain", _explain, "every value with its origin: default, the file, or override"),
+            ("plot", _plot, "the learning rate over the run, as a curve"),
+        ):
+            one = actions.add_parser(name, help=help, description=f"Print {help}.")
+            one.add_argument("file", metavar="FILE", help="the configuration (TOML, JSON, YAML with drivetrain-yaml)")
+            one.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+            one.set_defaults(action=action)
+        one.add_argument("--output", metavar="FILE", type=Path, help="draw into lr.png (or .svg, .pdf) with matplotlib")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Print the configuration, or what was asked about it."""
+        from drivetrain import load_training_config
+
+        arguments.action(load_training_config(arguments.file, overrides=arguments.overrides), arguments)
+        return 0
+
+
+def _plot(config: TrainingConfig, arguments: argparse.Namespace) -> None:
+    from drivetrain_cli.plot import plot  # torch, which a mistake in the file need not wait for
+
+    try:
+        plot(config, arguments.output)
+    except ConfigError as error:  # what only shows when the schedule is made
+        error.source = arguments.file
+        raise
+
+
+def _show(config: TrainingConfig, arguments: argparse.Namespace) -> None:
+    plain, defaults = config.to_dict(secrets=False), type(config)().to_dict()
+    unset = {key: None if defaults[key] is None else False for key, value in plain.items() if value is None}
+    full = {**unset, **config.to_dict(full=True, secrets=False)}
+    print(clean_lines("\n".join(toml_lines({key: full[key] for key in plain}))))
+
+
+def _explain(config: TrainingConfig, arguments: argparse.Namespace) -> None:
+    for key, value, origin in _aligned(config.explain()):
+        print(faint(f"{key}  {value}  {origin}", sys.stdout) if origin == "default" else f"{key}  {value}  {origin}")
+
+
+def _aligned(rows: list[tuple[str, Any, str]]) -> list[tuple[str, str, str]]:
+    """Key and value padded to common widths; a value that is much longer than the others only moves its own line."""
+    cells = [(clean(key), clean(_written(value)), clean(origin)) for key, value, origin in rows]
+    key_width = max(len(key) for key, _, _ in cells)
+    value_width = min(32, max(len(value) for _, value, _ in cells))
+    return [(f"{key:<{key_width}}", f"{value:<{value_width}}", origin) for key, value, origin in cells]
+
+
+def _written(value: Any) -> str:
+    """A value as it would be written in a file; TOML has no word for None."""
+    from drivetrain.formats import toml_value
+
+    return "none" if value is None else toml_value(value)
+
+
+def toml_lines(table: dict[str, Any]) -> list[str]:
+    """A configuration as TOML: plain values, then the list of callbacks with a line for each, then tables.
+
+    Keys without a value stand as comments, so that a reader sees that they exist.
+    """
+    from drivetrain.formats import to_toml, toml_value
+
+    plain = {key: value for key, value in table.items() if not isinstance(value, dict | list)}
+    lists = {key: value for key, value in table.items() if isinstance(value, list)}
+    tables = {key: value for key, value in table.items() if isinstance(value, dict)}
+    lines = [f"# {key} is not set" if value is None else f"{key} = {toml_value(value)}" for key, value in plain.items()]
+    for key, items in lists.items():
+        lines += [f"{key} = [", *(f"  {toml_value(item)}," for item in items), "]"] if items else [f"{key} = []"]
+    return [*lines, *to_toml(tables).splitlines()]

@@ -1,0 +1,36 @@
+"""`drivetrain doctor`: whether this machine and environment can train, and what to do when not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from drivetrain_doctor.checks import Finding, examine
+
+__all__ = ["Doctor", "Finding", "examine"]
+
+
+class Doctor:
+    """Look at everything that a training needs from its machine and environment."""
+
+    help = "say whether this machine and environment can train, and what to do when not"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+        parser.add_argument("--output-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs are kept (runs)")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Print the findings as they come; 1 when something failed, else 0."""
+        found = []
+        for finding in examine(arguments.output_dir):
+            found.append(finding)
+            if not arguments.json:
+                print(finding, flush=True)
+        failed = [finding for finding in found if not finding.ok]
+        if arguments.json:
+            print(json.dumps([finding.as_data() for finding in found], indent=2))
+        else:
+            print(f"{len(failed)} of {len(found)} failed" if failed else "all is well")
+        return 1 if failed else 0

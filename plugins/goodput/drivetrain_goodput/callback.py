@@ -1,0 +1,175 @@
+"""The callback: one clock, read where one part of the work ends and another begins."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from drivetrain import Callback, Component, component, hook, option
+from drivetrain_goodput.sittings import Sitting, read_sittings, table, write_sittings
+
+if TYPE_CHECKING:
+    from drivetrain import CallbackContext
+
+Listener = Callable[[Any], None]
+_WRITE_EVERY = 10.0  # seconds
+
+START, WAIT, TRANSFER, COMPUTE, UPDATE, LOG, EVALUATE, REST = (
+    "start",
+    "data wait",
+    "transfer",
+    "forward and backward",
+    "optimizer",
+    "logging",
+    "evaluation",
+    "rest",
+)
+
+
+@component
+class GoodputCallback(Callback):
+    """Account for every second of a run: a table at the end, and RUN_DIR/goodput.json, over restarts too.
+
+    The parts: `start` (restoring, opening), `data wait`, `transfer` to the device, `forward and backward`, `optimizer` (reducing,
+    clipping, stepping), `logging` (waiting for the device, reading the values), `evaluation`, `rest` (the loop itself, and the caller's
+    own code in `for step in trainer.steps()`), each plugin's own hooks under its name (`callback:checkpoint` is the stall of
+    saving), and `down`, the time between a sitting's end and the next one's begin.
+
+    One clock is read where a part ends and the next begins, so the parts add up to the whole. It is the host's: on a GPU, which
+    works on after the host has launched its work, the time shows up where the host waits. Nothing waits for the device; a step
+    costs some 10 readings of the clock, and one call more for each listener.
+    """
+
+    show: bool = option(default=True, help="print the table when the run ends")
+
+    _parts: defaultdict[str, float] = attrs.field(factory=lambda: defaultdict(float), init=False, repr=False)
+    _part: str = attrs.field(default=START, init=False, repr=False)  # what the time since `_last` belongs to
+    _last: float = attrs.field(default=0.0, init=False, repr=False)
+    _waited: float = attrs.field(default=0.0, init=False, repr=False)  # `ctx.data_wait` at the last look
+    _begun: float | None = attrs.field(default=None, init=False, repr=False)
+    _written: float = attrs.field(default=0.0, init=False, repr=False)
+    _sittings: list[Sitting] = attrs.field(factory=list, init=False, repr=False)
+
+    def make_listener_wrapper(self, ctx: CallbackContext) -> Callable[[Listener, str, Component], Listener]:
+        """Time every listener but this one's own."""
+        return self._timed
+
+    def _timed(self, call: Listener, event: str, thing: Component) -> Listener:
+        if thing is self:
+            return call
+        name, parts = thing.plugin_name, self._parts
+
+        def timed(ctx: Any) -> None:
+            outer, now = self._part, perf_counter()
+            parts[outer] += now - self._last
+            self._last, self._part = now, name
+            try:
+                call(ctx)
+            finally:
+                now = perf_counter()
+                parts[name] += now - self._last
+                self._last, self._part = now, outer
+
+        return timed
+
+    # -- the run ---------------------------------------------------------------------------------------------------------
+
+    @hook(tryfirst=True)
+    def on_restore(self, ctx: CallbackContext) -> None:
+        """Start the clock."""
+        self._begin()
+
+    @hook(tryfirst=True)
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        """Start it in a later sitting of the same process, which restores nothing."""
+        if self._begun is None:
+            self._begin()
+        self._waited = ctx.data_wait
+        earlier = read_sittings(ctx.run_dir) if ctx.is_main and ctx.step > 0 else []
+        began = time.time() - (perf_counter() - (self._begun or 0.0))
+        self._sittings = [*earlier, Sitting(began, ctx.step, ctx.step)]
+        self._written = perf_counter()
+
+    @hook(tryfirst=True)
+    def on_step_start(self, ctx: CallbackContext) -> None:
+        """The data has come."""
+        now, waited = perf_counter(), ctx.data_wait - self._waited
+        self._waited = ctx.data_wait
+        self._parts[self._part] += now - self._last - waited
+        self._parts[WAIT] += waited
+        self._last, self._part = now, TRANSFER
+
+    @hook(tryfirst=True)
+    def on_batch(self, ctx: CallbackContext) -> None:
+        """A microbatch is on the device."""
+        now = perf_counter()
+        self._parts[self._part] += now - self._last
+        self._last, self._part = now, COMPUTE
+
+    @hook(tryfirst=True)
+    def on_backward(self, ctx: CallbackContext) -> None:
+        """Its gradients are there: another one comes, or the update."""
+        now = perf_counter()
+        self._parts[self._part] += now - self._last
+        self._last, self._part = now, TRANSFER if ctx.microbatch + 1 < ctx.microbatches else UPDATE
+
+    @hook(tryfirst=True)
+    def on_optimizer_step(self, ctx: CallbackContext) -> None:
+        """The update is done."""
+        self._turn(REST)
+
+    @hook(tryfirst=True)
+    def on_log(self, ctx: CallbackContext) -> None:
+        """The values have been read from the device."""
+        self._part = LOG
+        self._turn(REST)
+        if ctx.is_main and self._last - self._written > _WRITE_EVERY:
+            self._write(ctx)
+
+    @hook(tryfirst=True)
+    def on_evaluate_start(self, ctx: CallbackContext) -> None:
+        """An evaluation begins."""
+        self._turn(EVALUATE)
+
+    @hook(trylast=True)
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        """It is over."""
+        self._turn(REST)
+
+    @hook(trylast=True)
+    def on_run_end(self, ctx: CallbackContext) -> None:
+        """Write and show what has gathered."""
+        if self._begun is None:
+            return
+        if ctx.is_main:
+            self._write(ctx, ended=True)
+            if self.show:
+                print("\n".join(table(self._sittings, ctx.device.type)), file=sys.stderr)
+        self._begun = None
+
+    # -- the clock -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._parts.clear()
+        self._begun = self._last = perf_counter()
+        self._part = START
+
+    def _turn(self, part: str) -> None:
+        """What has passed belongs to the part so far, what comes to `part`."""
+        now = perf_counter()
+        self._parts[self._part] += now - self._last
+        self._last, self._part = now, part
+
+    def _write(self, ctx: CallbackContext, ended: bool = False) -> None:
+        self._turn(self._part)
+        sitting = self._sittings[-1]
+        sitting.last_step, sitting.ended = ctx.step, ended
+        sitting.seconds, sitting.parts = self._last - (self._begun or 0.0), dict(self._parts)
+        write_sittings(ctx.run_dir, self._sittings)
+        self._written = self._last

@@ -1,0 +1,192 @@
+"""The optimizers of torch.optim for Drivetrain, by name, LAMB, and several optimizers as one.
+
+In the formulas θ is a parameter, g its gradient, η the learning rate, λ the weight decay, t the step, counted from 1.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from drivetrain import CallbackContext, ConfigError, Problem, component, option
+from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, FusibleOptimizer, TorchOptimizer, betas, number
+from drivetrain_optimizers.joined import Joined
+from drivetrain_optimizers.lamb import Lamb, LambOptimizer
+from drivetrain_optimizers.muon import MuonAdamW, MuonTorch
+from drivetrain_optimizers.routed import Routed
+
+__all__ = [
+    "SGD",
+    "Adafactor",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "FusibleOptimizer",
+    "Joined",
+    "Lamb",
+    "LambOptimizer",
+    "MuonAdamW",
+    "MuonTorch",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "Routed",
+    "TorchOptimizer",
+]
+
+EPS_HELP = "added to the denominator"
+
+
+@component
+class AdamW(FusibleOptimizer):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2).
+
+    m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ(1 − ηλ) − η·m̂/(√v̂ + ε), with m̂ = m/(1−β1ᵗ) and v̂ = v/(1−β2ᵗ).
+    """
+
+    lr: float = number(1e-3, LR_HELP)
+    weight_decay: float = number(0.01, DECAY_HELP)
+    betas: tuple[float, float] = betas(0.9, 0.999)
+    eps: float = number(1e-8, EPS_HELP)
+    amsgrad: bool = option(default=False, help="divide by the largest v̂ so far (Reddi et al. 2018)")
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.AdamW` over the parameters of `ctx.model`."""
+        return self.build(torch.optim.AdamW, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
+
+
+@component
+class Adam(FusibleOptimizer):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1). Weight decay is added to the gradient (L2), unlike in `adamw`."""
+
+    lr: float = number(1e-3, LR_HELP)
+    betas: tuple[float, float] = betas(0.9, 0.999)
+    eps: float = number(1e-8, EPS_HELP)
+    amsgrad: bool = option(default=False, help="divide by the largest v̂ so far (Reddi et al. 2018)")
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.Adam` over the parameters of `ctx.model`."""
+        return self.build(torch.optim.Adam, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
+
+
+@component
+class SGD(FusibleOptimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013): b ← μb + (1−τ)(g + λθ), θ ← θ − ηb.
+
+    μ is `momentum`, τ `dampening`; b is g + λθ in the first step. With `nesterov`, θ ← θ − η(g + λθ + μb).
+    """
+
+    lr: float = number(1e-2, LR_HELP)
+    momentum: float = number(0.0, "factor of the earlier updates", below=1.0)
+    dampening: float = number(0.0, "how much of the gradient is held back from the momentum")
+    nesterov: bool = option(default=False, help="look ahead along the momentum; needs momentum and no dampening")
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.SGD` over the parameters of `ctx.model`."""
+        return self.build(torch.optim.SGD, ctx, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov)
+
+
+@component
+class Adafactor(TorchOptimizer):
+    """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6): a row and a column of second moments for a matrix.
+
+    ρ = min(η, 1/√t), α = max(ε2, RMS(θ))·ρ, θ ← θ(1 − ηλ) − α·U/max(1, RMS(U)/d), with U = g/√V and V = R⊗C/mean(R), R and C
+    the averaged row and column means of g². Their averaging factor in step t is 1 − t^`beta2_decay`. No momentum.
+    """
+
+    lr: float = number(1e-2, "upper bound of the relative step size ρ; the schedule multiplies it")
+    beta2_decay: float = option(default=-0.8, help="exponent of the second moments' averaging factor, not above 0")
+    clip: float = option(default=1.0, help="largest root mean square of an update (d in the paper), at least 1")
+    eps1: float | None = option(default=None, help="smallest second moment; default: that of the parameters' type")
+    eps2: float = number(1e-3, "smallest parameter scale")
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.Adafactor` over the parameters of `ctx.model`.
+
+        Raises:
+            ConfigError: for sharded parameters.
+        """
+        if any(hasattr(p, "device_mesh") for p in ctx.model.parameters()):
+            message = "needs whole matrices for its rows and columns, and these are sharded. Use adamw, or ddp."
+            raise ConfigError([Problem(self.path, message)])
+        return self.build(torch.optim.Adafactor, ctx, beta2_decay=self.beta2_decay, d=self.clip, eps=(self.eps1, self.eps2))
+
+
+@component
+class Adagrad(FusibleOptimizer):
+    """Adagrad (Duchi et al. 2011): v ← v + (g + λθ)², θ ← θ − η/(1 + (t−1)·lr_decay) · (g + λθ)/(√v + ε).
+
+    Takes sparse gradients, if nothing decays.
+    """
+
+    lr: float = number(1e-2, LR_HELP)
+    lr_decay: float = number(0.0, "how fast the rate falls, besides the schedule")
+    initial_accumulator: float = number(0.0, "what v starts from")
+    eps: float = number(1e-10, EPS_HELP)
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.Adagrad` over the parameters of `ctx.model`."""
+        start = self.initial_accumulator
+        return self.build(torch.optim.Adagrad, ctx, lr_decay=self.lr_decay, initial_accumulator_value=start, eps=self.eps)
+
+
+@component
+class RMSprop(TorchOptimizer):
+    """RMSprop (Hinton 2012, lecture 6e): v ← αv + (1−α)(g + λθ)², θ ← θ − η(g + λθ)/(√v + ε).
+
+    With `momentum`, the quotient is added up first, b ← μb + (g + λθ)/(√v + ε), and θ ← θ − ηb.
+    """
+
+    lr: float = number(1e-2, LR_HELP)
+    alpha: float = number(0.99, "averaging factor of the squared gradient", below=1.0)
+    eps: float = number(1e-8, EPS_HELP)
+    momentum: float = number(0.0, "factor of the earlier updates", below=1.0)
+    centered: bool = option(default=False, help="subtract the squared mean gradient from v (Graves 2013)")
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.RMSprop` over the parameters of `ctx.model`."""
+        return self.build(
+            torch.optim.RMSprop, ctx, alpha=self.alpha, eps=self.eps, momentum=self.momentum, centered=self.centered
+        )
+
+
+@component
+class NAdam(TorchOptimizer):
+    """Adam with Nesterov momentum (Dozat 2016): θ ← θ − η·(μ₊m/(1−Πμ₊) + (1−μ)g/(1−Πμ))/(√v̂ + ε), μ = β1(1 − ½·0.96^(tψ)).
+
+    m, v and v̂ are Adam's; μ₊ is the next step's μ, the products run up to it. ψ is `momentum_decay`.
+    """
+
+    lr: float = number(2e-3, LR_HELP)
+    betas: tuple[float, float] = betas(0.9, 0.999)
+    eps: float = number(1e-8, EPS_HELP)
+    momentum_decay: float = number(4e-3, "how fast the momentum warms up")
+    decoupled_weight_decay: bool = option(
+        default=False, help="decay the weights as AdamW does, instead of adding to the gradient"
+    )
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.NAdam` over the parameters of `ctx.model`."""
+        decoupled, decay = self.decoupled_weight_decay, self.momentum_decay
+        return self.build(
+            torch.optim.NAdam, ctx, betas=self.betas, eps=self.eps, momentum_decay=decay, decoupled_weight_decay=decoupled
+        )
+
+
+@component
+class RAdam(TorchOptimizer):
+    """Rectified Adam (Liu et al. 2020, arXiv:1908.03265, algorithm 2): Adam's step times r(t).
+
+    With ρ∞ = 2/(1−β2) − 1 and ρ = ρ∞ − 2tβ2ᵗ/(1−β2ᵗ), r = √((ρ−4)(ρ−2)ρ∞ / ((ρ∞−4)(ρ∞−2)ρ)) once ρ > 5, and θ ← θ − ηm̂ before.
+    """
+
+    lr: float = number(1e-3, LR_HELP)
+    betas: tuple[float, float] = betas(0.9, 0.999)
+    eps: float = number(1e-8, EPS_HELP)
+    decoupled_weight_decay: bool = option(
+        default=False, help="decay the weights as AdamW does, instead of adding to the gradient"
+    )
+
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        """`torch.optim.RAdam` over the parameters of `ctx.model`."""
+        decoupled = self.decoupled_weight_decay
+        return self.build(torch.optim.RAdam, ctx, betas=self.betas, eps=self.eps, decoupled_weight_decay=decoupled)

@@ -1,0 +1,107 @@
+"""What the optimizers share: checked options, the choice of a fused implementation, and the call of torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from drivetrain import CallbackContext, ConfigError, OptimizerComponent, Problem, component, option
+
+LR_HELP = "peak learning rate; the schedule multiplies it"
+DECAY_HELP = "decay of the weights it applies to, see `decay`"
+
+
+def number(default: float, help: str, *, below: float = float("inf")) -> Any:
+    """An option that is a number from 0 up to, and without, `below`."""
+
+    def check(_: Any, field: Any, value: Any) -> None:
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, (int, float)) and not 0 <= item < below:  # what is no number is reported by its type
+                limit = "" if below == float("inf") else f" and below {below:g}"
+                raise ConfigError([Problem(field.name, f"must be at least 0{limit}, got {item!r}")])
+
+    return option(default=default, help=help, validator=check)
+
+
+def betas(first: float, second: float) -> Any:
+    """The two averaging factors of the Adam family."""
+    return number((first, second), "averaging factors of gradient and squared gradient", below=1.0)  # type: ignore[arg-type]
+
+
+@component
+class TorchOptimizer(OptimizerComponent):
+    """Base of the optimizers here: one class of `torch.optim` with its arguments."""
+
+    lr: float = number(1e-3, LR_HELP)
+    weight_decay: float = number(0.0, DECAY_HELP)
+
+    def build(self, cls: type[torch.optim.Optimizer], ctx: CallbackContext, **arguments: Any) -> torch.optim.Optimizer:
+        """`cls` over the model's parameter groups.
+
+        Raises:
+            ConfigError: for options that `cls` refuses together.
+        """
+        groups = self.parameter_groups(ctx.model)
+        try:
+            return cls(groups, lr=self.lr, weight_decay=self.weight_decay, **arguments)  # type: ignore[call-arg]
+        except ValueError as error:
+            raise ConfigError([Problem(self.path, str(error))]) from error
+
+    @property
+    def path(self) -> str:
+        """Where a configuration has this component, such as "optimizer.adamw"."""
+        return self.plugin_name.replace(":", ".") or "optimizer"
+
+
+@component
+class FusibleOptimizer(TorchOptimizer):
+    """Base of those that torch has in one kernel for all parameters."""
+
+    fused: bool | None = option(
+        default=None,
+        help="one kernel for the whole update: true, false, or left out: wherever torch has it for these parameters",
+    )
+
+    def build(self, cls: type[torch.optim.Optimizer], ctx: CallbackContext, **arguments: Any) -> torch.optim.Optimizer:
+        """`cls` over the model's parameter groups, fused if wanted and possible.
+
+        Raises:
+            ConfigError: for `fused = true` where it is impossible, and for options that `cls` refuses together.
+        """
+        fused = self.fused is not False and fused_or_error(cls, ctx.model, self.fused, f"{self.path}.fused")
+        # not False: to torch that means "nor the foreach implementation"
+        return super().build(cls, ctx, fused=fused or None, **arguments)
+
+
+def fused_or_error(cls: type[torch.optim.Optimizer], model: nn.Module, wanted: bool | None, path: str) -> bool:
+    """Whether to use the fused `cls`: where possible.
+
+    Raises:
+        ConfigError: when it is `wanted` and impossible.
+    """
+    problem = why_not_fused(cls, model)
+    if wanted and problem is not None:
+        raise ConfigError([Problem(path, f"a fused {cls.__name__} is impossible here: {problem}. Leave `fused` out.")])
+    return problem is None
+
+
+def why_not_fused(cls: type[torch.optim.Optimizer], model: nn.Module) -> str | None:
+    """Why torch has no fused `cls` for the trainable parameters, or None when it has.
+
+    Each sort of parameter is tried out on a single number: which devices, types and tensor subclasses (as FSDP's) work differs
+    between optimizers and releases, and torch tells only in the first step.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            return f"{name!r} gives sparse gradients"
+    sorts = {(type(p.data), p.device, p.dtype): p for p in model.parameters() if p.requires_grad}
+    for parameter in sorts.values():
+        probe = parameter.detach().new_zeros(1).requires_grad_()
+        probe.grad = torch.zeros_like(probe)
+        try:
+            cls([probe], lr=0.0, fused=True).step()  # type: ignore[call-arg]
+        except Exception as error:  # RuntimeError, NotImplementedError, …: each backend has its own
+            return f"torch says: {error}"
+    return None

@@ -1,0 +1,162 @@
+"""Weights & Biases: a tracker for the logging callback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+import torch
+import wandb
+from PIL import Image
+from torch import Tensor
+
+from drivetrain import Tracker, component, option, state
+from drivetrain.tracking import printable
+
+if TYPE_CHECKING:
+    from drivetrain import CallbackContext
+
+__all__ = ["WandbTracker"]
+
+_said = logging.getLogger("drivetrain.wandb")
+
+
+def _positive(instance: Any, attribute: Any, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"must be more than 0, got {value}")
+
+
+@component
+class WandbTracker(Tracker):
+    """Record a run at Weights & Biases: values, configuration, texts, histograms and images.
+
+    The run's id is part of every checkpoint, so a resumed run goes on as the same one; what it repeats is left out, for which
+    RUN_DIR/wandb/drivetrain.json remembers what has been recorded. `mode` is W&B's own: "offline" writes to RUN_DIR/wandb, for
+    `wandb sync` later. When the server cannot be reached or refuses the login at the start, that is said once and the run is
+    recorded offline. A server that is lost later is W&B's business, which keeps everything in RUN_DIR/wandb and sends it when it can.
+    """
+
+    project: str = option(default="drivetrain", help="the project at W&B")
+    entity: str | None = option(default=None, help="the user or team; that of the login by default")
+    name: str | None = option(default=None, help="the run's name; run_name by default")
+    group: str | None = option(default=None, help="a group of runs")
+    tags: list[str] = option(factory=list, help="tags of the run")
+    notes: str | None = option(default=None, help="a longer description")
+    mode: Literal["online", "offline"] | None = option(default=None, help="by default what WANDB_MODE says, else online")
+    timeout: float = option(
+        default=30.0, validator=_positive, help="seconds to wait for the server at the start and at the end"
+    )
+
+    run_id: str | None = state(default=None)
+
+    _run: Any = attrs.field(default=None, init=False, repr=False)
+    _memory: Any = attrs.field(default=None, init=False, repr=False)  # the path of drivetrain.json
+    _before: tuple[int, set[str]] = attrs.field(
+        default=(-1, set()), init=False, repr=False
+    )  # the newest step of earlier sittings
+    _newest: tuple[int, set[str]] = attrs.field(default=(-1, set()), init=False, repr=False)  # and of this one, with its names
+
+    def start(self, ctx: CallbackContext) -> None:
+        """Begin the run at W&B, or go on with it."""
+        folder = ctx.run_dir / "wandb"
+        folder.mkdir(exist_ok=True)
+        self._memory = folder / "drivetrain.json"
+        if self.run_id is None or ctx.step == 0:
+            self.run_id = secrets.token_hex(4)
+        self._before = self._newest = _recorded(self._memory, self.run_id)
+        given = {"project": self.project, "entity": self.entity, "group": self.group, "tags": self.tags, "notes": self.notes}
+        given |= {"name": self.name or ctx.config.run_name, "id": self.run_id, "dir": str(ctx.run_dir), "resume": "allow"}
+        self._run = self._begun(given)
+
+    def _begun(self, given: dict[str, Any]) -> Any:
+        options: dict[str, Any] = {
+            "console": "off",
+            "silent": True,
+            "init_timeout": self.timeout,
+            "login_timeout": self.timeout,
+        }
+        online = self.mode != "offline"
+        try:
+            waits: dict[str, Any] = {"finish_timeout": self.timeout} if online else {}
+            return wandb.init(**given, mode=self.mode, reinit="create_new", settings=wandb.Settings(**options, **waits))
+        except wandb.Error as error:
+            reason = printable(str(error).partition("\n")[0])
+        _said.warning("W&B cannot be reached (%s). This run is recorded offline; `wandb sync` sends it later.", reason)
+        deadline = time.monotonic() + self.timeout
+        while True:
+            wandb.teardown()
+            try:
+                return wandb.init(**given, mode="offline", reinit="create_new", settings=wandb.Settings(**options))
+            except Exception as error:  # the attempt that failed holds on to the id for a moment
+                if "in use" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def config(self, values: Mapping[str, Any], step: int) -> None:
+        """Record the configuration."""
+        self._run.config.update(dict(values), allow_val_change=True)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Record values; W&B joins those of one step to one row."""
+        self._record({printable(name): value for name, value in values.items()}, step)
+
+    def text(self, name: str, text: str, step: int) -> None:
+        """Record a text."""
+        self._record({printable(name): wandb.Html(f"<pre>{_escaped(text)}</pre>", inject=False)}, step)
+
+    def histogram(self, name: str, values: Tensor, step: int) -> None:
+        """Record the distribution of the finite values."""
+        kept = values.detach().float().flatten()
+        kept = kept[kept.isfinite()]
+        if len(kept):
+            counts, edges = torch.histogram(kept.cpu(), bins=64)
+            histogram: Any = (counts.tolist(), edges.tolist())
+            self._record({printable(name): wandb.Histogram(np_histogram=histogram)}, step)
+
+    def image(self, name: str, image: Tensor, step: int) -> None:
+        """Record an image."""
+        self._record({printable(name): wandb.Image(_picture(image.detach().cpu()))}, step)
+
+    def close(self) -> None:
+        """Finish the run. What could not be sent within the timeout stays in the run's directory."""
+        if self._run is not None:
+            self._run.finish()
+        self._run = None
+
+    def _record(self, row: dict[str, Any], step: int) -> None:
+        before, names = self._before
+        row = {name: value for name, value in row.items() if step > before or (step == before and name not in names)}
+        if not row:
+            return
+        self._run.log(row, step=step)
+        newest, names = self._newest
+        self._newest = (step, {*row, *names} if step == newest else set(row))
+        if step >= newest:
+            self._memory.write_text(json.dumps({"id": self.run_id, "step": step, "names": sorted(self._newest[1])}))
+
+
+def _recorded(memory: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step that an earlier sitting of this run has recorded, with its names; -1 if that is not known."""
+    try:
+        known = json.loads(memory.read_text())
+        return (int(known["step"]), set(known["names"])) if known["id"] == run_id else (-1, set())
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1, set()
+
+
+def _picture(image: Tensor) -> Any:
+    if image.is_floating_point():
+        image = (image.clamp(0, 1) * 255).round().to(torch.uint8)
+    channels, height, width = image.shape
+    pixels = bytes(image.permute(1, 2, 0).flatten().tolist())
+    return Image.frombytes("L" if channels == 1 else "RGB", (width, height), pixels)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

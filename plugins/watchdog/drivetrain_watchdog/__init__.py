@@ -1,0 +1,1 @@
+"""Where every process of a run stands when it makes no progress."""

@@ -1,0 +1,93 @@
+"""The arithmetic of the benchmark scripts; the scripts themselves are run by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+optimizers: Any = script("optimizers")
+
+
+@pytest.mark.parametrize(
+    ("losses", "text", "steps"),
+    [
+        ([2.0, 1.5, 1.0], "200", 200.0),
+        ([2.0, 1.75, 1.25], "283", 200 * math.sqrt(2)),  # half way between 200 and 400, in the logarithm
+        ([1.4, 1.3, 1.2], "<100", math.nan),
+        ([2.0, 1.9, 1.6], ">400", math.nan),
+        ([2.0, math.inf, 1.6], ">400", math.nan),
+    ],
+)
+def test_steps_to_a_target_are_read_between_the_lengths(losses: list[float], text: str, steps: float) -> None:
+    said, number = optimizers.steps_to(1.5, (100, 200, 400), losses)
+    assert (said, number) == (text, pytest.approx(steps, nan_ok=True))
+
+
+def row(name: str, *middle: float) -> Any:
+    return optimizers.Row(name, 1e-3, {240: [9.0] * 3, 360: list(middle), 540: [0.0] * 3})
+
+
+def test_a_difference_counts_from_the_rules_number_of_standard_errors_on() -> None:
+    """σ = 0.01 for every row, so the limit is 3.08 · 0.01 · √(2/3) = 0.02515."""
+    near, far = 1.0 - 0.025, 1.0 - 0.0253
+    rows = [row("adamw", 0.99, 1.0, 1.01), row("near", near - 0.01, near, near + 0.01), row("far", far - 0.01, far, far + 0.01)]
+    rows.append(row("bad", 1.1, 1.11, 1.12))
+    lines = list(optimizers.table(rows, optimizers.Setting(), 3))
+    verdicts = [line.split("|")[6].strip() for line in lines[2:6]]
+    assert verdicts == ["the baseline", "no difference", "better", "worse"]
+    assert lines[2].split("|")[3:5] == [" 360 ", " 1.00 "]
+    assert "= 0.0251 on." in lines[-1]
+
+
+def test_the_table_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    document = tmp_path / "optimizers.md"
+    optimizers.write(document, ["first"])
+    document.write_text(document.read_text() + "\nA remark.\n")
+    optimizers.write(document, ["second"])
+    text = document.read_text()
+    assert "first" not in text
+    assert text.startswith("# Optimizers compared\n")
+    assert text.endswith("second\n\n<!-- end of results -->\n\nA remark.\n")
+
+
+def test_the_grid_grows_until_the_best_rate_is_inside_and_known_runs_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def run(self: Any, jobs: Any, workers: int) -> None:
+        for job in jobs:
+            if job.key not in self.known:
+                asked.append(job.lr)
+                self.known[job.key] = {"loss": abs(math.log2(job.lr / 1.6e-2)), "seconds": 1.0}
+
+    monkeypatch.setattr(optimizers.Results, "run", run)
+    results = optimizers.Results(tmp_path / "results.json")
+    assert optimizers.tuned_rate("adamw", optimizers.Setting(), results, 1) == 1.6e-2
+    assert asked == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2])
+    optimizers.tuned_rate("adamw", optimizers.Setting(), results, 1)
+    assert len(asked) == 6
+
+
+def test_a_changed_setting_is_another_result() -> None:
+    setting = optimizers.Setting()
+    job = optimizers.Job("adamw", 1e-3, 10, 0, setting)
+    assert job.key != optimizers.Job("adamw", 1e-3, 10, 1, setting).key
+    assert job.key != optimizers.Job("adamw", 1e-3, 10, 0, setting._replace(width=64)).key
+    assert job.key == optimizers.Job("adamw", 1e-3, 10, 0, setting._replace(lengths=(10, 20))).key
+    json.loads(job.key)

@@ -1,0 +1,25 @@
+"""Guards for the suite as a whole; what tests share lies beside them, so that each distribution's can run alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def surroundings_stay_as_they_were() -> Iterator[None]:
+    """A test that leaves one of our variables, another working directory or a process group behind fails itself, not one after it."""
+    before = surroundings()
+    yield
+    assert surroundings() == before
+
+
+def surroundings() -> tuple[dict[str, str], Path, bool]:
+    distributed: Any = sys.modules.get("torch.distributed")
+    ours = {name: value for name, value in os.environ.items() if name.startswith("DRIVETRAIN")}
+    return ours, Path.cwd(), distributed is not None and distributed.is_initialized()

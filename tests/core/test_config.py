@@ -1,0 +1,256 @@
+"""Strict configuration: every mistake at once, each at its place; every value knows where it came from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivetrain import Callback, ConfigError, Duration, TrainingConfig, TrainingMode, component, load_training_config, option
+from drivetrain.components import make_component
+from drivetrain.formats import read_table, to_toml
+
+
+def write(tmp_path: Path, text: str, name: str = "run.toml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def problems(error: pytest.ExceptionInfo[ConfigError]) -> dict[str, str]:
+    return {p.path: p.message for p in error.value.problems}
+
+
+@pytest.fixture(autouse=True)
+def core_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+
+
+def test_all_problems_come_at_once_with_their_places(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        """
+        sede = 3
+        max_duration = "3"
+        per_device_batch_size = "8"
+        gradient_accumulation_steps = 0
+        compile = 1
+        callbacks = ["early_stoping", 3]
+        [optimizer]
+        use = "adamv"
+        [dataloader]
+        num_workers = -1
+        shufle = true
+        """,
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_training_config(path)
+    found = problems(caught)
+    assert found["sede"] == "unknown key. Did you mean 'seed'?"
+    assert found["max_duration"].startswith("expected a duration, got '3'")
+    assert found["per_device_batch_size"] == "expected a whole number, got the text '8' (remove the quotes)"
+    assert found["gradient_accumulation_steps"] == "must be at least 1, got 0"
+    assert found["compile"] == "expected true or false, got 1"
+    assert "callbacks[1]" in found
+    assert found["dataloader.shufle"] == "unknown key. Did you mean 'shuffle'?"
+    assert "pip install drivetrain-optimizers" in found["optimizer"]
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_text_is_never_a_number() -> None:
+    for wrong in ("3e-4", True, [1.0], {}):
+        with pytest.raises(ConfigError):
+            TrainingConfig(max_grad_norm=wrong)
+    assert TrainingConfig(max_grad_norm=1).max_grad_norm == 1.0
+    assert TrainingConfig(max_grad_norm=False).max_grad_norm is None
+
+
+@pytest.mark.parametrize("name", ["QLORA", "qlora", "QLoRA"])
+def test_modes_in_any_case(name: str) -> None:
+    assert TrainingConfig(training_mode=name).training_mode is TrainingMode.QLORA
+
+
+def test_an_unknown_mode_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'pretraining'"):
+        TrainingConfig(training_mode="pretrainin")
+
+
+def test_origins(tmp_path: Path) -> None:
+    path = write(tmp_path, 'seed = 4\noutput_dir = "elsewhere"\n[dataloader]\nnum_workers = 2\n')
+    config = load_training_config(path, ["dataloader.shuffle=false", "seed=5"])
+    assert (config.seed, config.dataloader.num_workers, config.dataloader.shuffle) == (5, 2, False)
+    assert config.origin("seed") == "override"
+    assert config.origin("output_dir") == "run.toml"
+    assert config.origin("dataloader.num_workers") == "run.toml"
+    assert config.origin("dataloader.shuffle") == "override"
+    assert config.origin("max_duration") == "default"
+    config.seed = 6
+    assert config.origin("seed") == "python"
+    rows = {key: (value, origin) for key, value, origin in config.explain()}
+    assert rows["dataloader.num_workers"] == (2, "run.toml")
+    assert rows["dataloader.shuffle"] == (False, "override")
+    assert rows["dataloader.prefetch_factor"] == (2, "default")
+    assert rows["compile"] == (False, "default")
+    assert rows["seed"] == (6, "python")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("a..b=3", "expected key=value"),
+        ("sede=3", "unknown key"),
+        ("seed=x", "whole number"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_training_config(write(tmp_path, ""), [override])
+
+
+def test_overrides_reach_into_components(tmp_path: Path) -> None:
+    table = read_table(write(tmp_path, 'optimizer = "adamw"\ncallbacks = ["a", {use = "b", x = 1}]\n'))
+    from drivetrain.config import _override
+
+    for text in ("optimizer.lr=6e-4", "callbacks.b.x=2", "callbacks.c.every=100st", "scheduler.warmup=5%"):
+        _override(table, text)
+    assert table["optimizer"] == {"use": "adamw", "lr": 6e-4}
+    assert table["callbacks"] == ["a", {"use": "b", "x": 2}, {"use": "c", "every": "100st"}]
+    assert table["scheduler"] == {"warmup": "5%"}
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_round_trip_through_a_file(tmp_path: Path, suffix: str) -> None:
+    config = TrainingConfig(
+        training_mode="pretraining",
+        model_name='a "quoted" näme\twith a tab',
+        max_duration="2h",
+        output_dir="some/where",
+        max_grad_norm=False,
+        eval_interval=False,
+        dataloader={"num_workers": 3},
+        resume="never",
+    )
+    path = tmp_path / f"config.{suffix}"
+    config.save(path)
+    again = load_training_config(path)
+    assert again.to_dict() == config.to_dict()
+    assert again.model_name == 'a "quoted" näme\twith a tab'
+    assert again.max_grad_norm is None
+
+
+def test_toml_writer_agrees_with_the_reader() -> None:
+    import tomli
+
+    table: dict[str, Any] = {
+        "a": 1,
+        "b": 1e-8,
+        "c": [1.5, 2.0],
+        "d": 'x\\y\n"z"\x7f\u2028',
+        "e": [{"use": "f", "g h": True}],
+        "t": {"i": {"j": 1}},
+        "inf": float("inf"),
+    }
+    assert tomli.loads(to_toml(table)) == table
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    for text, message in (
+        ('{"seed": 1, "seed": 2}', "stands twice"),
+        ('{"max_grad_norm": NaN}', "NaN"),
+        ("[1]", "table"),
+        ("{", "JSON"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_training_config(write(tmp_path, text, "run.json"))
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.toml.*\n.*No such file"):
+        load_training_config(tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match="'ini' cannot be read"):
+        load_training_config(write(tmp_path, "", "run.ini"))
+    with pytest.raises(ConfigError, match="pip install drivetrain-yaml"):
+        load_training_config(write(tmp_path, "", "run.yaml"))
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_training_config(write(tmp_path, "a = = 3"))
+    path = tmp_path / "big.toml"
+    path.write_bytes(b"#" * (2 << 20))
+    with pytest.raises(ConfigError, match="larger than"):
+        load_training_config(path)
+    path = tmp_path / "bytes.toml"
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_training_config(path)
+
+
+def test_contradictions() -> None:
+    with pytest.raises(ConfigError, match="gradient_accumulation_steps"):
+        TrainingConfig(global_batch_size=8, gradient_accumulation_steps=2)
+    with pytest.raises(ConfigError, match="percentage"):
+        TrainingConfig(max_duration="10%")
+
+
+@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a\0b", "", ".hidden", "x" * 101, "a\nb", "~"])
+def test_run_names_that_are_no_directory_names(name: str) -> None:
+    with pytest.raises(ConfigError, match="run_name"):
+        TrainingConfig(run_name=name)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "unit"),
+    [
+        ("3ep", 3, "ep"),
+        ("1000st", 1000, "st"),
+        ("1e9tok", 1e9, "tok"),
+        ("2h", 7200, "s"),
+        ("90min", 5400, "s"),
+        ("5%", 5, "%"),
+        ("1_000sp", 1000, "sp"),
+        (".5ep", 0.5, "ep"),
+    ],
+)
+def test_durations(text: str, value: float, unit: str) -> None:
+    parsed = Duration.parse(text)
+    assert (parsed.value, parsed.unit) == (value, unit)
+    assert Duration.parse(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize("text", ["3", "ep", "-1ep", "0st", "1.5st", "1e999st", "3 epochs", "", "nanep", "1e-400ep", "3ep 4st"])
+def test_wrong_durations(text: str) -> None:
+    with pytest.raises(ValueError, match=r"duration|whole number"):
+        Duration.parse(text)
+
+
+def test_large_durations_keep_every_digit() -> None:
+    assert str(Duration.parse("1234567891st")) == "1234567891st"
+
+
+@component
+class Example(Callback):
+    """An example."""
+
+    ratio: float = option(default=0.5, help="a ratio")
+    every: Duration = option(default=Duration(5, "st"))
+    sizes: list[int] = option(factory=list)
+    mode: str | None = option(default=None)
+
+
+def test_python_and_file_hold_components_to_the_same_types() -> None:
+    made = make_component("callback", Example(ratio=1, every="10st", sizes=[1, 2]))
+    assert isinstance(made, Example)
+    assert (made.ratio, made.every, made.sizes) == (1.0, Duration(10, "st"), [1, 2])
+    assert made.options() == {"ratio": 1.0, "every": "10st", "sizes": [1, 2], "mode": None}
+    with pytest.raises(ConfigError) as caught:
+        make_component("callback", Example(ratio="1", sizes=[1, "2"], mode=3))
+    assert set(problems(caught)) == {"Example.ratio", "Example.sizes[1]", "Example.mode"}
+
+
+def test_config_never_names_a_callable(tmp_path: Path) -> None:
+    """Only registry names: a dotted path in a file is looked up as a name and refused, nothing is imported."""
+    for name in ("os.system", "os:system", "builtins.eval", "torch.hub.load", "subprocess:run"):
+        with pytest.raises(ConfigError, match="no plugin named"):
+            load_training_config(write(tmp_path, json.dumps({"optimizer": {"use": name}}), "run.json"))

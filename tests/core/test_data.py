@@ -1,0 +1,257 @@
+"""Sample order and augmentation depend on (seed, epoch, index) alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from drivetrain import DataError, Trainer, TrainingConfig
+from drivetrain.config import DataLoaderConfig
+from drivetrain.data import Split, make_source
+
+
+class Augmented:
+    """Rows with noise from three generators; what each row gets must not depend on who fetches it, or when."""
+
+    def __init__(self, n: int = 23) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(3) + random.random()
+        return torch.full((4,), float(index)) / self.n, noise.sum().reshape(1)
+
+
+def epoch_of(data: Any, epoch: int = 0, start: int = 0, **given: Any) -> list[Any]:
+    loader = DataLoaderConfig(**given.pop("loader", {}))
+    names = ("batch_size", "accumulation", "rank", "world_size")
+    split = Split(**{"batch_size": 4} | {name: given.pop(name) for name in names if name in given})
+    source = make_source(data, split, **{"seed": 5, "loader": loader} | given)
+    windows = [window.batches for window in source.open(epoch, start)]
+    source.close()
+    return windows
+
+
+def flat(windows: list[Any]) -> torch.Tensor:
+    return torch.cat([torch.cat([part.reshape(-1).double() for part in batch]) for window in windows for batch in window])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(workers: int) -> None:
+    alone = epoch_of(Augmented(), 2)
+    helped = epoch_of(Augmented(), 2, loader={"num_workers": workers})
+    assert torch.equal(flat(alone), flat(helped))
+
+
+def test_opening_in_the_middle_gives_the_rest() -> None:
+    for data in (Augmented(), TensorDataset(torch.arange(23.0))):
+        whole = epoch_of(data, 1, accumulation=2)
+        for start in range(len(whole) + 1):
+            assert len(epoch_of(data, 1, start, accumulation=2)) == len(whole) - start
+            if start < len(whole):
+                assert torch.equal(flat(epoch_of(data, 1, start, accumulation=2)), flat(whole[start:]))
+
+
+def test_every_sample_once_and_another_order_in_each_epoch() -> None:
+    data = TensorDataset(torch.arange(23))
+    orders = [torch.cat([batch[0] for (batch,) in epoch_of(data, epoch)]) for epoch in range(3)]
+    for order in orders:
+        assert order.sort().values.tolist() == list(range(23))
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[1], orders[2])
+    in_order = torch.cat([batch[0] for (batch,) in epoch_of(data, loader={"shuffle": False})])
+    assert in_order.tolist() == list(range(23))
+
+
+def test_another_seed_another_order_and_augmentation() -> None:
+    assert not torch.equal(flat(epoch_of(Augmented(), seed=5)), flat(epoch_of(Augmented(), seed=6)))
+    noise = {
+        epoch: sorted(epoch_of(Augmented(), epoch, loader={"shuffle": False})[0][0][1].flatten().tolist()) for epoch in (0, 1)
+    }
+    assert noise[0] != noise[1]
+
+
+def test_the_same_augmentation_for_any_batch_size() -> None:
+    by_size = []
+    for size in (1, 4, 23):
+        windows = epoch_of(Augmented(), batch_size=size)
+        pairs = [
+            pair for ((inputs, noise),) in windows for pair in zip(inputs[:, 0].tolist(), noise[:, 0].tolist(), strict=True)
+        ]
+        by_size.append(sorted(pairs))
+    assert by_size[0] == by_size[1] == by_size[2]
+
+
+def test_fetching_leaves_the_models_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    random.seed(3)
+    before = torch.get_rng_state(), random.getstate()
+    epoch_of(Augmented())
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+@pytest.mark.parametrize(
+    ("n", "size", "accumulation", "drop_last", "sizes"),
+    [
+        (10, 4, 1, False, [[4], [4], [2]]),
+        (10, 4, 1, True, [[4], [4]]),
+        (10, 2, 2, False, [[2, 2], [2, 2], [2]]),
+        (10, 4, 2, True, [[4, 4]]),
+        (9, 4, 2, False, [[4, 4], [1]]),
+        (3, 4, 1, False, [[3]]),
+    ],
+)
+def test_windows(n: int, size: int, accumulation: int, drop_last: bool, sizes: list[list[int]]) -> None:
+    for data in (TensorDataset(torch.arange(n)), [torch.tensor(i) for i in range(n)]):
+        source = make_source(data, Split(size, accumulation), loader=DataLoaderConfig(drop_last=drop_last))
+        found = list(source.open(0))
+        assert [[len(b[0] if isinstance(b, tuple) else b) for b in window.batches] for window in found] == sizes
+        assert [window.counts for window in found] == sizes
+        assert [window.total for window in found] == [sum(counts) for counts in sizes]
+        assert source.steps_per_epoch == len(sizes)
+
+
+def test_a_loader_that_shuffles_has_an_order_fixed_by_the_epoch_and_can_be_opened_anywhere() -> None:
+    def loader() -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.arange(20)), batch_size=3, shuffle=True)
+
+    torch.manual_seed(1)
+    whole = epoch_of(loader(), 4)
+    torch.manual_seed(2)
+    assert torch.equal(flat(epoch_of(loader(), 4)), flat(whole))
+    assert torch.equal(flat(epoch_of(loader(), 4, 3)), flat(whole[3:]))
+    assert not torch.equal(flat(epoch_of(loader(), 5)), flat(whole))
+
+
+class Stream(IterableDataset[torch.Tensor]):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (torch.tensor(float(i)) for i in range(11))
+
+
+def test_streams() -> None:
+    for data in (Stream(), (float(i) for i in range(11))):
+        windows = epoch_of(data, accumulation=2)
+        assert [[len(batch) for batch in window] for window in windows] == [[4, 4], [3]]
+    assert torch.cat([b for w in epoch_of(Stream(), 0, 1, accumulation=2) for b in w]).tolist() == [8, 9, 10]
+    with_workers = epoch_of(Stream(), loader={"num_workers": 2})
+    assert torch.cat([b for w in with_workers for b in w]).tolist() == list(range(11)), (
+        "two workers must not yield the stream twice"
+    )
+
+
+class Fetched:
+    """A data set that fetches whole batches."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> int:
+        raise AssertionError("fetch should be used")
+
+    def fetch(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        return {"x": torch.tensor(indices) * 10}
+
+
+def test_fetch_is_preferred() -> None:
+    windows = epoch_of(Fetched(), loader={"shuffle": False})
+    assert windows[2][0]["x"].tolist() == [80, 90]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_seed_same_weights(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Done-when 9: bit-equal weights with 0 and 2 workers, augmentation and dropout included."""
+
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+
+    def train(workers: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+        config = TrainingConfig(
+            max_duration="2ep",
+            per_device_batch_size=4,
+            dataloader={"num_workers": workers},
+            standard_callbacks=False,
+        )
+        Trainer(model, config, Augmented(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+    assert torch.equal(train(0), train(workers))
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "message"),
+    [
+        ([], {}, "has 0 samples"),
+        ([1, 2], {"loader": {"drop_last": True}}, "less than one microbatch of 4"),
+        (DataLoader([], batch_size=2), {}, "has no batch"),
+        (3, {}, "is a int, which is no data set"),
+        (type("NoLength", (), {"__getitem__": lambda s, i: i})(), {}, "no __len__"),
+    ],
+    ids=["empty", "too small", "empty loader", "number", "no length"],
+)
+def test_unusable_data_is_refused(data: Any, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        epoch_of(data, **given)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_ranks_share_the_same_steps(world: int) -> None:
+    """Every sample once, in the same steps for any number of ranks at the same global batch; equally many microbatches each."""
+    n, per_step = 53, 24
+    for data in (TensorDataset(torch.arange(n)), DataLoader(TensorDataset(torch.arange(n)), batch_size=24 // world // 2)):
+        steps: list[list[int]] = []
+        ranks = []
+        for rank in range(world):
+            split = Split(per_step // world // 2, 2, rank, world)
+            ranks.append(list(make_source(data, split, seed=5).open(1)))
+        assert len({len(windows) for windows in ranks}) == 1
+        for step in zip(*ranks, strict=True):
+            assert len({len(window.batches) for window in step}) == 1
+            samples = [
+                int(i) for window in step for (b,), count in zip(window.batches, window.counts, strict=True) for i in b[:count]
+            ]
+            assert {window.total for window in step} == {len(samples)}
+            steps.append(sorted(samples))
+        assert sorted(i for step in steps for i in step) == list(range(n))
+        if isinstance(data, TensorDataset):
+            alone = make_source(data, Split(per_step), seed=5).open(1)
+            assert steps == [sorted(window.batches[0][0].tolist()) for window in alone]
+
+
+@pytest.mark.parametrize("first", ["torch", "multiprocessing.util"])  # whose functions are called first at the exit
+@pytest.mark.parametrize("kind", ["map", "stream"])
+def test_a_loop_that_is_never_finished_lets_the_process_end(tmp_path: Path, first: str, kind: str) -> None:
+    """Workers leave signals to the training process, which must end them itself before it waits for its children."""
+    script = tmp_path / "unfinished.py"
+    script.write_text(
+        f"import {first}\n"
+        "import torch\n"
+        "from drivetrain import Trainer, TrainingConfig\n"
+        "class Data:\n"
+        + (
+            "    def __len__(self): return 64\n    def __getitem__(self, index): return torch.ones(4), torch.ones(1)\n"
+            if kind == "map"
+            else "    def __iter__(self):\n        while True: yield torch.ones(4), torch.ones(1)\n"
+        )
+        + "model = torch.nn.Linear(4, 1)\n"
+        "config = TrainingConfig(max_duration='100st', dataloader={'num_workers': 2})\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "steps = Trainer(model, config, Data(), loss=torch.nn.MSELoss(), optimizer=optimizer).steps()\n"
+        "print(next(steps).number)\n"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "DRIVETRAIN_PLUGINS"} | {"DRIVETRAIN_PLUGINS": "off"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -1,0 +1,641 @@
+"""The loop against plain PyTorch: same numbers, same order of events, nothing hidden."""
+
+from __future__ import annotations
+
+import copy
+import cProfile
+import pstats
+from collections.abc import Callable
+from typing import Any
+
+import pluggy
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from drivetrain import Callback, CallbackContext, DataError, Loss, ModelError, Trainer, TrainingConfig
+from drivetrain.data import Split, make_source
+
+
+def config(**given: Any) -> TrainingConfig:
+    return TrainingConfig(**{"max_duration": "2ep", "standard_callbacks": False, "precision": None} | given)
+
+
+def mlp(seed: int = 0, width: int = 8) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def regression(n: int = 20, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    return TensorDataset(torch.randn(n, 4, generator=generator), torch.randn(n, 1, generator=generator))
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.fixture(autouse=True)
+def core_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about the core: no installed plugin takes part."""
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+
+
+def test_weights_are_bit_equal_to_a_raw_loop() -> None:
+    data, steps = regression(40), 25
+    ours, raw = mlp(), mlp()
+    cfg = config(max_duration=f"{steps}st", per_device_batch_size=4, max_grad_norm=0.5, seed=3)
+    Trainer(ours, cfg, data, loss=nn.MSELoss(), optimizer=torch.optim.AdamW(ours.parameters(), lr=1e-2)).train()
+
+    optimizer, source, done, epoch = torch.optim.AdamW(raw.parameters(), lr=1e-2), make_source(data, Split(4), seed=3), 0, 0
+    while done < steps:
+        for ((inputs, targets),), _, _ in source.open(epoch):
+            if done < steps:
+                nn.functional.mse_loss(raw(inputs), targets).backward()
+                nn.utils.clip_grad_norm_(raw.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+        epoch += 1
+    assert torch.equal(weights(ours), weights(raw))
+
+
+@pytest.mark.parametrize("accumulation", [2, 3, 4])
+def test_accumulation_of_means_is_bit_equal_to_dividing_each_loss(accumulation: int) -> None:
+    data = regression(4 * accumulation)
+    ours, raw = mlp(), mlp()
+    cfg = config(max_duration="1st", per_device_batch_size=4, gradient_accumulation_steps=accumulation, max_grad_norm=False)
+    Trainer(ours, cfg, data, loss=nn.MSELoss(), optimizer=torch.optim.SGD(ours.parameters(), lr=0.1)).train()
+    (window,) = make_source(data, Split(4, accumulation)).open(0)
+    for inputs, targets in window.batches:
+        (nn.functional.mse_loss(raw(inputs), targets) / accumulation).backward()
+    torch.optim.SGD(raw.parameters(), lr=0.1).step()
+    assert torch.equal(weights(ours), weights(raw))
+
+
+class TokenModel(nn.Module):
+    """A model whose samples have unequal numbers of targets; returns the summed loss with their number."""
+
+    def __init__(self, weighted: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.weighted = nn.Linear(4, 5), weighted
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Loss | torch.Tensor:
+        logits = self.head(x).flatten(0, 1)
+        total = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum")
+        count = (labels != -100).sum()
+        return Loss(total, count) if self.weighted else total / count
+
+
+def token_data(n: int) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.randint(0, 5, (n, 6), generator=generator)
+    for row in range(n):
+        labels[row, 1 + row % 5 :] = -100
+    return [{"x": torch.randn(6, 4, generator=generator), "labels": labels[row]} for row in range(n)]
+
+
+def gradient_of_last_step(model: nn.Module, data: Any, batch_size: int, accumulation: int, **given: Any) -> torch.Tensor:
+    """The averaged gradient that the optimizer would see in the last step of one epoch, weights unchanged throughout."""
+    seen: list[torch.Tensor] = []
+
+    class Look(Callback):
+        def on_gradients(self, ctx: CallbackContext) -> None:
+            seen.append(torch.cat([p.grad.reshape(-1).clone() for p in ctx.model.parameters()]))
+
+    cfg = config(
+        max_duration="1ep",
+        per_device_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        dataloader={"shuffle": False},
+        max_grad_norm=False,
+        **given,
+    )
+    Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.0), callbacks=[Look()]).train()
+    return seen[-1]
+
+
+def test_a_partial_window_with_unequal_tokens_gives_the_gradient_of_one_big_batch() -> None:
+    data = token_data(17)  # windows of 4 × 2: the last holds one microbatch of 1; the one before is full
+    whole = gradient_of_last_step(TokenModel(), data[8:16], batch_size=8, accumulation=1)
+    parts = gradient_of_last_step(TokenModel(), data[8:16], batch_size=2, accumulation=4)
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+    whole = gradient_of_last_step(TokenModel(), data[:7], batch_size=7, accumulation=1)
+    parts = gradient_of_last_step(TokenModel(), data[:7], batch_size=2, accumulation=4)  # 2 + 2 + 2 + 1
+    torch.testing.assert_close(parts, whole, rtol=1e-6, atol=1e-7)
+    whole = gradient_of_last_step(TokenModel(), data[8:17], batch_size=9, accumulation=1)
+    parts = gradient_of_last_step(TokenModel(), data, batch_size=2, accumulation=4)  # last window: 17 = 8 + 8 + 1
+    torch.testing.assert_close(
+        parts, gradient_of_last_step(TokenModel(), data[16:], batch_size=1, accumulation=1), rtol=1e-6, atol=1e-7
+    )
+
+
+def test_negative_control_the_mean_of_means_is_not_that_gradient() -> None:
+    data = token_data(7)
+    whole = gradient_of_last_step(TokenModel(), data, batch_size=7, accumulation=1)
+    means = gradient_of_last_step(TokenModel(weighted=False), data, batch_size=2, accumulation=4)
+    assert (means - whole).abs().max() > 1e-3
+
+
+def test_clipping_with_accumulated_weights_equals_clipping_the_big_batch() -> None:
+    data = token_data(7)
+    results = []
+    for batch_size, accumulation in ((7, 1), (2, 4)):
+        model = TokenModel()
+        cfg = config(
+            max_duration="1ep",
+            per_device_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            dataloader={"shuffle": False},
+            max_grad_norm=0.1,
+        )
+        Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).train()
+        results.append(weights(model))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+def test_a_window_without_any_target_leaves_the_weights_alone() -> None:
+    data = token_data(4)
+    for row in data:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    for accumulation in (1, 2):
+        model = TokenModel()
+        before = weights(model)
+        cfg = config(max_duration="2st", per_device_batch_size=2, gradient_accumulation_steps=accumulation)
+        Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).train()
+        assert torch.equal(weights(model), before)
+
+
+def test_reported_loss_is_the_weighted_mean() -> None:
+    data, seen = token_data(8), []
+    model = TokenModel()
+    cfg = config(max_duration="1st", per_device_batch_size=2, gradient_accumulation_steps=4, dataloader={"shuffle": False})
+    for step in Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.0)).steps():
+        seen.append(step.loss)
+    batch = {k: torch.stack([row[k] for row in data]) for k in ("x", "labels")}
+    assert seen == [pytest.approx(model(**batch).mean().item(), rel=1e-6)]
+
+
+def test_events_come_in_the_documented_order() -> None:
+    heard: list[str] = []
+
+    def listen(name: str) -> Callable[[Any, Any], None]:
+        def method(self: Any, ctx: CallbackContext) -> None:
+            heard.append(name)
+
+        return method
+
+    from drivetrain.hookspecs import EVENTS
+
+    everything = type("Everything", (Callback,), {e: listen(e) for e in EVENTS} | {"every": "2st"})()
+    model, data = mlp(), regression(6)
+    cfg = config(
+        max_duration="1ep", per_device_batch_size=2, gradient_accumulation_steps=2, log_interval="2st", eval_interval="2st"
+    )
+    Trainer(
+        model, cfg, data, data, loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), callbacks=[everything]
+    ).train()
+    micro = ["on_batch", "on_forward", "on_loss", "on_backward"]
+    end = ["on_gradients", "on_clipped", "on_optimizer_step", "on_step_end"]
+    assert heard == [
+        *("on_restore", "on_run_start", "on_epoch_start"),
+        *("on_step_start", *micro, *micro, *end),
+        *("on_step_start", *micro, *end),
+        *("on_log", "on_evaluate_start", *["on_evaluate_batch"] * 3, "on_evaluate_end", "on_every"),
+        *("on_epoch_end", "on_run_end"),
+    ]
+
+
+def test_batch_outputs_and_loss_can_be_replaced() -> None:
+    class Replace(Callback):
+        def on_batch(self, ctx: CallbackContext) -> None:
+            ctx.batch = (ctx.batch[0] * 0, ctx.batch[1])
+
+        def on_forward(self, ctx: CallbackContext) -> None:
+            assert ctx.batch[0].abs().sum() == 0
+            ctx.outputs = ctx.outputs + 2
+
+        def on_loss(self, ctx: CallbackContext) -> None:
+            ctx.microbatch_loss = ctx.microbatch_loss * 3
+
+    model, data = nn.Linear(4, 1), regression(4)
+    bias = model.bias.detach().clone()
+    cfg = config(max_duration="1st", per_device_batch_size=4)
+    (step,) = Trainer(
+        model, cfg, data, loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.0), callbacks=[Replace()]
+    ).steps()
+    assert step.loss == pytest.approx(3 * (bias + 2 - data.tensors[1]).square().mean().item(), rel=1e-6)
+
+
+def test_train_and_steps_are_the_same_engine() -> None:
+    results = []
+    for run in (lambda t: t.train(), lambda t: list(t.steps())):
+        model = mlp()
+        run(Trainer(model, config(), regression(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)))
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_leaving_the_loop_ends_the_run_in_good_order_and_it_can_go_on() -> None:
+    ends: list[str | None] = []
+
+    class End(Callback):
+        def on_run_end(self, ctx: CallbackContext) -> None:
+            ends.append(ctx.stop_reason)
+
+    def fresh() -> Trainer:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        return Trainer(
+            model,
+            config(per_device_batch_size=4),
+            regression(),
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+            callbacks=[End()],
+        )
+
+    trainer = fresh()
+    for step in trainer.steps():
+        if step.number == 3:
+            break
+    assert ends == ["the caller left the loop"]
+    assert not trainer.output.completed
+    output = trainer.train()
+    assert output.completed
+    assert output.steps == 10
+    whole = fresh()
+    whole.train()
+    assert torch.equal(weights(trainer.model), weights(whole.model))
+
+
+def test_the_callers_random_state_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    Trainer(model, config(), regression(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_schedule_is_a_function_of_the_position() -> None:
+    seen: list[float] = []
+
+    class Look(Callback):
+        def on_step_end(self, ctx: CallbackContext) -> None:
+            seen.append(ctx.lr)
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    cfg = config(max_duration="4st", per_device_batch_size=4)
+    Trainer(
+        model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, scheduler=lambda s: 1 - s / 4, callbacks=[Look()]
+    ).train()
+    assert seen == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_torch_schedulers_are_accepted() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.1)
+    cfg = config(max_duration="5st", per_device_batch_size=4)
+    Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, scheduler=scheduler).train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [("1ep", 5), ("7st", 7), ("12sp", 3), ("1.5ep", 8), ("3ep", 15)], ids=lambda v: str(v)
+)
+def test_durations_end_the_run(length: str, expected: int) -> None:
+    model = mlp()
+    cfg = config(max_duration=length, per_device_batch_size=4)
+    output = Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+    assert output.steps == expected
+    assert output.stop_reason == f"max_duration {cfg.max_duration} reached"
+
+
+def test_tokens_and_wall_time_end_the_run() -> None:
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(10, 1)
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return self.table(input_ids).square().mean()
+
+    data = [{"input_ids": torch.arange(5)} for _ in range(12)]
+    model = Embed()
+    output = Trainer(
+        model,
+        config(max_duration="35tok", per_device_batch_size=2),
+        data,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ).train()
+    assert output.steps == 4  # 10 tokens a step
+    output = Trainer(
+        model,
+        config(max_duration="0.05s", per_device_batch_size=2),
+        data,
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    ).train()
+    assert 0.05 <= output.seconds < 5
+
+
+def profile(run: Callable[[], Any]) -> int:
+    profiler = cProfile.Profile(builtins=False)
+    profiler.enable()
+    run()
+    profiler.disable()
+    return sum(entry[0] for entry in pstats.Stats(profiler).stats.values())  # type: ignore[attr-defined]
+
+
+def test_python_calls_per_step_above_a_raw_loop() -> None:
+    """A gate on counts, which are free of noise: the difference between 100 and 300 steps of each loop."""
+    data = regression(4 * 400)
+
+    def raw(steps: int) -> None:
+        model, loss = mlp(), nn.MSELoss()
+        optimizer, parameters = torch.optim.SGD(model.parameters(), lr=0.01), list(model.parameters())
+        for index in range(steps):
+            inputs, targets = data.tensors[0][4 * index : 4 * index + 4], data.tensors[1][4 * index : 4 * index + 4]
+            loss(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            del parameters[len(parameters) :]
+
+    def ours(steps: int) -> None:
+        model = mlp()
+        cfg = config(max_duration=f"{steps}st", per_device_batch_size=4, max_grad_norm=False, log_interval="1000st")
+        Trainer(model, cfg, data, loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.01)).train()
+
+    def per_step(loop: Callable[[int], None]) -> float:
+        loop(10)
+        return (profile(lambda: loop(300)) - profile(lambda: loop(100))) / 200
+
+    above = per_step(ours) - per_step(raw)
+    assert above <= 30, f"{above} Python calls per step above the raw loop"
+
+
+def test_events_without_listeners_never_reach_pluggy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Idle(Callback):
+        def on_run_start(self, ctx: CallbackContext) -> None:
+            calls.clear()
+
+    calls: list[str] = []
+    original = pluggy.PluginManager._hookexec
+
+    def counted(self: Any, name: str, *rest: Any) -> Any:
+        calls.append(name)
+        return original(self, name, *rest)
+
+    monkeypatch.setattr(pluggy.PluginManager, "_hookexec", counted)
+    model = mlp()
+    trainer = Trainer(
+        model,
+        config(),
+        regression(),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        callbacks=[Idle()],
+    )
+    trainer.train()
+    assert calls == []
+    assert trainer.listeners() == {"on_run_start": ["callback:Idle"]}
+    assert trainer.ctx.run.events.step_end is None
+
+
+def test_ordinary_steps_read_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self: torch.Tensor, *args: Any, _original: Any = original) -> Any:
+            reads.append(trainer.ctx.step)
+            return _original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    model = mlp()
+    cfg = config(max_duration="12st", per_device_batch_size=4, log_interval="6st", gradient_accumulation_steps=2)
+    trainer = Trainer(model, cfg, regression(64), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.train()
+    assert {step for step in reads if step not in (6, 12)} <= {0}  # the logging steps, and opening the first epoch
+    assert {6, 12} <= set(reads), "the spy must see the reads of logging steps"
+
+
+def test_plugin_errors_name_the_plugin_and_the_event() -> None:
+    class Bad(Callback):
+        def on_step_end(self, ctx: CallbackContext) -> None:
+            raise ZeroDivisionError("oh")
+
+    class Witness(Callback):
+        def on_exception(self, ctx: CallbackContext) -> None:
+            seen.append(ctx.exception)
+
+        def on_run_end(self, ctx: CallbackContext) -> None:
+            seen.append("end")
+            raise RuntimeError("teardown fails as well")
+
+    seen: list[Any] = []
+    model = mlp()
+    trainer = Trainer(
+        model,
+        config(),
+        regression(),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        callbacks=[Bad(), Witness()],
+    )
+    with pytest.raises(ZeroDivisionError) as caught:
+        trainer.train()
+    assert any("on_step_end of callback:Bad" in note for note in caught.value.__notes__)
+    assert any("teardown fails as well" in note for note in caught.value.__notes__)
+    assert seen == [caught.value, "end"]
+
+
+def test_a_callback_can_stop_the_run() -> None:
+    class Stop(Callback):
+        def on_step_end(self, ctx: CallbackContext) -> None:
+            if ctx.step == 3:
+                ctx.stop("enough")
+
+    model = mlp()
+    output = Trainer(
+        model,
+        config(),
+        regression(),
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        callbacks=[Stop()],
+    ).train()
+    assert (output.steps, output.stop_reason, output.completed) == (3, "enough", True)
+
+
+class Returns(nn.Module):
+    def __init__(self, what: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer, self.what = nn.Linear(4, 1), what
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        return self.what(self.layer(x).square().mean())
+
+
+class HasLoss:
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+
+@pytest.mark.parametrize(
+    "what",
+    [lambda v: v, lambda v: {"loss": v, "logits": v}, HasLoss, lambda v: Loss(v * 4, 4)],
+    ids=["tensor", "mapping", "object", "Loss"],
+)
+def test_every_form_of_returned_loss_trains_the_same(what: Callable[[torch.Tensor], Any]) -> None:
+    def train(form: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = Returns(form)
+        data = [{"x": row} for row in regression(8).tensors[0]]
+        Trainer(model, config(per_device_batch_size=4), data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+        return weights(model)
+
+    torch.testing.assert_close(train(what), train(lambda v: v), rtol=1e-6, atol=0)
+
+
+def test_a_step_function_takes_batches_of_any_form() -> None:
+    data = [(torch.ones(4), torch.ones(1), index) for index in range(8)]
+
+    def step(model: nn.Module, batch: Any) -> Loss:
+        inputs, targets, _ = batch
+        return Loss((model(inputs) - targets).square().sum(), len(inputs))
+
+    model = mlp()
+    output = Trainer(
+        model, config(max_duration="20ep"), data, step=step, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+    ).train()
+    assert output.loss < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (nn.Linear(4, 1), regression(), {}), "shape (8, 1), which is not a loss"),
+        (
+            lambda: (nn.Linear(4, 2), regression(), {"loss": lambda o, t: o}),
+            "the loss function returned a tensor of shape (8, 2)",
+        ),
+        (lambda: (nn.Linear(4, 1), [(torch.ones(4), 1, 2)] * 8, {}), "a list of 3"),
+        (lambda: (nn.Linear(4, 1), regression(), {"loss": lambda o, t: torch.tensor(1.0)}), "does not depend on any trainable"),
+    ],
+    ids=["no loss", "loss of wrong shape", "batch of three", "constant loss"],
+)
+def test_models_without_a_loss_are_refused_before_any_update(make: Callable[[], Any], message: str) -> None:
+    model, data, given = make()
+    before = weights(model)
+    with pytest.raises(ModelError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        Trainer(model, config(), data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given).train()
+    assert torch.equal(weights(model), before)
+
+
+def test_an_iterator_that_is_used_up_is_named() -> None:
+    model = mlp()
+    pairs = ((x, y) for x, y in zip(*regression(8).tensors, strict=True))
+    with pytest.raises(DataError, match="no batch in epoch 1"):
+        Trainer(model, config(), pairs, loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+
+
+def test_evaluation_weighs_every_sample_once_and_disturbs_nothing() -> None:
+    data = regression(10)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    frozen = model[1].eval()
+
+    def metrics(outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
+        return {"mae": (outputs - batch[1]).abs().mean(), "big": Loss((batch[1] > 0).sum(), len(batch[1]))}
+
+    trainer = Trainer(
+        model,
+        config(per_device_batch_size=4),  # 4 + 4 + 2: the mean of means would be wrong
+        data,
+        data,
+        loss=nn.MSELoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_metrics=metrics,
+    )
+    state = torch.get_rng_state()
+    found = trainer.evaluate()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model[0].training
+    assert not frozen.training
+    with torch.no_grad():
+        outputs = copy.deepcopy(model).eval()(data.tensors[0])
+    assert found["eval/loss"] == pytest.approx((outputs - data.tensors[1]).square().mean().item(), rel=1e-6)
+    assert found["eval/mae"] == pytest.approx((outputs - data.tensors[1]).abs().mean().item(), rel=1e-6)
+    assert found["eval/big"] == pytest.approx((data.tensors[1] > 0).double().mean().item())
+
+
+def test_evaluating_never_changes_training() -> None:
+    results = []
+    for interval in (False, "1st"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        data = DataLoader(regression(), batch_size=4, shuffle=True)
+        Trainer(
+            model,
+            config(eval_interval=interval),
+            data,
+            regression(),
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        ).train()
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+def test_streaming_metric_objects() -> None:
+    class Accuracy:
+        def reset(self) -> None:
+            self.right, self.seen = 0, 0
+
+        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+            self.right += int((outputs.argmax(1) == targets).sum())
+            self.seen += len(targets)
+
+        def compute(self) -> float:
+            return self.right / self.seen
+
+    data = TensorDataset(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    model = nn.Identity()
+    model.anchor = nn.Parameter(torch.zeros(()))
+    trainer = Trainer(
+        model,
+        config(per_device_batch_size=3),
+        data,
+        data,
+        loss=nn.CrossEntropyLoss(),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        compute_metrics={"accuracy": Accuracy()},
+    )
+    assert trainer.evaluate()["eval/accuracy"] == 0.75
+
+
+def test_auxiliary_gradients_are_the_steps_own_and_leave_the_training_alone() -> None:
+    data, found = token_data(7), []
+
+    class Auxiliary(Callback):
+        def on_step_start(self, ctx: CallbackContext) -> None:
+            gradients, weight = ctx.gradients_of()
+            found.append((torch.cat([g.reshape(-1) for g in gradients if g is not None]), float(weight)))
+
+    results = []
+    for callbacks in ([], [Auxiliary()]):
+        model = TokenModel()
+        cfg = config(max_duration="1ep", per_device_batch_size=2, gradient_accumulation_steps=4, dataloader={"shuffle": False})
+        Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), callbacks=callbacks).train()
+        results.append(weights(model))
+    assert torch.equal(*results)
+    model = TokenModel()
+    batch = {k: torch.stack([row[k] for row in data]) for k in ("x", "labels")}
+    loss = model(**batch)
+    loss.mean().backward()
+    torch.testing.assert_close(found[0][0], torch.cat([p.grad.reshape(-1) for p in model.parameters()]), rtol=1e-6, atol=1e-7)
+    assert found[0][1] == float(loss.weight)

@@ -1,0 +1,207 @@
+"""Devices, gradient synchronisation, optimizer groups, model preparation, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import TensorDataset
+
+from drivetrain import ConfigError, DeviceManager, GradientSynchronizer, OptimizerComponent, Trainer, TrainingConfig
+from drivetrain.prepare import repeated_blocks
+
+
+def test_device_manager_on_this_machine() -> None:
+    devices = DeviceManager()
+    assert devices.device == torch.ones(1, device=devices.device).device
+    assert DeviceManager("cpu").count == 1
+    moved = DeviceManager("cpu").to({"a": torch.ones(2), "b": [torch.ones(1), "text"], "c": (1, torch.zeros(3))})
+    assert moved["b"][1] == "text"
+    assert moved["c"][0] == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cdua", "xla", "cuda:99"])
+def test_unknown_or_missing_devices_name_those_that_exist(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"device: .*Available: cpu"):
+        DeviceManager(name)
+
+
+def _reduce(rank: int, world: int, store: str, results: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    data = torch.arange(20.0).reshape(5, 4) / 20
+    mine = data[:3] if rank == 0 else data[3:]  # unequal on purpose
+    model(mine).square().sum().backward()
+    GradientSynchronizer(model.parameters(), bucket_mb=1e-4).reduce(weight=len(mine))
+    results[rank] = torch.cat([p.grad.reshape(-1) for p in model.parameters()]).tolist()
+    torch.distributed.destroy_process_group()
+
+
+def test_gradient_synchronizer_gives_one_processs_gradient(tmp_path: Path) -> None:
+    with multiprocessing.Manager() as manager:
+        results = manager.dict()
+        multiprocessing.spawn(_reduce, (2, str(tmp_path / "store"), results), nprocs=2)
+        by_rank = dict(results)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    data = torch.arange(20.0).reshape(5, 4) / 20
+    model(data).square().mean().backward()
+    alone = torch.cat([p.grad.reshape(-1) for p in model.parameters()])
+    for rank in (0, 1):
+        torch.testing.assert_close(torch.tensor(by_rank[rank]), alone, rtol=1e-6, atol=1e-7)
+
+
+class Plain(OptimizerComponent):
+    def make_optimizer(self, ctx: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameter_groups(ctx.model))
+
+
+def groups(**given: Any) -> dict[str, dict[str, Any]]:
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 1))
+    found = Plain(lr=0.1, weight_decay=0.01, **given).parameter_groups(model)
+    return {name: group for group in found for name in group["param_names"]}
+
+
+def test_only_matrices_decay_unless_told_otherwise() -> None:
+    by_name = groups()
+    assert {name: g["weight_decay"] for name, g in by_name.items()} == {
+        "0.weight": 0.01,
+        "0.bias": 0.0,
+        "1.weight": 0.0,
+        "1.bias": 0.0,
+        "2.weight": 0.01,
+        "2.bias": 0.0,
+    }
+    assert {g["weight_decay"] for g in groups(decay="all").values()} == {0.01}
+
+
+def test_settings_by_name() -> None:
+    by_name = groups(groups=[{"match": "2.*", "lr": 1e-3}, {"match": "0.weight", "weight_decay": 0}])
+    assert by_name["2.bias"]["lr"] == 1e-3
+    assert by_name["0.weight"]["weight_decay"] == 0
+    assert by_name["0.bias"]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ([{"match": "*.wieght"}], "matches no parameter"),
+        ([{"match": "0.*"}, {"match": "*.weight"}], "matched by groups"),
+        ([{"match": "*", "momentum": 0.9}], "cannot be set for a group"),
+        ([{"lr": 1e-3}], "is missing"),
+        ([{"match": "*", "lr": "1e-3"}], "expected a number"),
+    ],
+)
+def test_wrong_groups(rules: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        groups(groups=rules)
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        Plain().parameter_groups(nn.Linear(2, 2).requires_grad_(False))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh()) for _ in range(3))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x.square().mean()
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return func(*args, **kwargs or {})
+
+
+def test_activation_checkpointing_changes_memory_not_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+    results, forwards, products = [], [], []
+    for recompute in (False, True, "selective"):
+        torch.manual_seed(0)
+        model, count = Blocks(), [0]
+        model.layers[0][0].register_forward_hook(lambda *_, c=count: c.__setitem__(0, c[0] + 1))
+        config = TrainingConfig(max_duration="3st", activation_checkpointing=recompute, standard_callbacks=False)
+        data = torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
+        with Products() as counted:
+            Trainer(model, config, list(data), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+        forwards.append(count[0])
+        products.append(counted.count)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    assert forwards == [3, 6, 6]
+    assert products[1] > products[0] == products[2]
+    assert len(list(repeated_blocks(Blocks()))) == 3
+
+
+def test_activation_checkpointing_needs_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+    model = nn.Linear(4, 1)
+    with pytest.raises(ConfigError, match="no repeated blocks"):
+        Trainer(
+            model,
+            TrainingConfig(activation_checkpointing=True, standard_callbacks=False),
+            TensorDataset(torch.ones(8, 4), torch.ones(8, 1)),
+            loss=nn.MSELoss(),
+            optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        )
+
+
+def fresh(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_drivetrain_does_not_import_torch() -> None:
+    assert (
+        fresh("import sys; from drivetrain import registry; registry.candidates('optimizer'); print('torch' in sys.modules)")
+        == "False"
+    )
+    assert (
+        fresh("import sys; from drivetrain import TrainingConfig, component, Duration; print('torch' in sys.modules)")
+        == "False"
+    )
+
+
+def test_importing_drivetrain_adds_few_modules_to_torch() -> None:
+    added = fresh(
+        "import sys, torch, torch.utils.data; n = len(sys.modules); from drivetrain import Trainer; print(len(sys.modules) - n)"
+    )
+    assert int(added) <= 160, "modules that `from drivetrain import Trainer` adds to torch's own"
+
+
+def test_the_core_makes_no_output_and_no_file(tmp_path: Path) -> None:
+    code = (
+        "import torch; from drivetrain import Trainer, TrainingConfig\n"
+        "m = torch.nn.Linear(2, 1); d = torch.utils.data.TensorDataset(torch.ones(8, 2), torch.ones(8, 1))\n"
+        "Trainer(m, TrainingConfig(), d, d, loss=torch.nn.MSELoss(), optimizer=torch.optim.SGD(m.parameters(), lr=0.1)).train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"DRIVETRAIN_PLUGINS": "off", "PATH": ""},
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert list(tmp_path.iterdir()) == []

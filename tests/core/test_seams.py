@@ -1,0 +1,145 @@
+"""What watching plugins stand on: vetoed updates, windows left out, the way back, rehearsals, wrapped listeners."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from drivetrain import Callback, Precision, Trainer, TrainingConfig, component, hook
+
+
+def trainer(folder: Path, *callbacks: Any, fused: bool = False, **options: Any) -> Trainer:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+    data = [(torch.randn(2), torch.randn(1)) for _ in range(24)]
+    given = {
+        "max_duration": "1ep",
+        "per_device_batch_size": 2,
+        "log_interval": "4st",
+        "standard_callbacks": False,
+        "device": "cpu",
+    }
+    config = TrainingConfig(**{**given, "output_dir": folder, **options})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    return Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=callbacks, precision=Precision())
+
+
+def weights(ctx: Any) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in ctx.model.parameters()]).clone()
+
+
+@component
+class Veto(Callback):
+    """Vetoes some steps; notes the weights after each."""
+
+    steps: list[int]
+
+    def __attrs_post_init__(self) -> None:
+        self.after: dict[int, Tensor] = {}
+
+    def on_run_start(self, ctx: Any) -> None:
+        self.after[0] = weights(ctx)
+
+    def on_clipped(self, ctx: Any) -> None:
+        ctx.veto = torch.tensor(3.0 if ctx.step + 1 in self.steps else 0.0)
+
+    def on_step_end(self, ctx: Any) -> None:
+        self.after[ctx.step] = weights(ctx)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_vetoed_update_changes_nothing_and_counts(tmp_path: Path, fused: bool) -> None:
+    veto = Veto(steps=[1, 5])
+    output = trainer(tmp_path, veto, fused=fused).train()
+    assert output.steps == 12
+    assert {step for step in range(1, 13) if torch.equal(veto.after[step], veto.after[step - 1])} == {1, 5}
+
+
+def test_a_window_left_out_is_no_step(tmp_path: Path) -> None:
+    @component
+    class Leave(Callback):
+        def on_run_start(self, ctx: Any) -> None:
+            ctx.left_out |= {(0, 0), (0, 4), (0, 11)}
+
+    run = trainer(tmp_path, Leave())
+    assert run.train().steps == 9
+    assert (run.ctx.skipped_steps, run.ctx.samples, run.ctx.epoch) == (3, 18, 1)
+
+
+@component
+class Back(Callback):
+    """Goes back once from a logging step to an earlier one."""
+
+    at: int
+    to: int
+
+    def __attrs_post_init__(self) -> None:
+        self.saved: Any = None
+        self.seen: list[int] = []
+
+    def on_step_end(self, ctx: Any) -> None:
+        self.seen.append(ctx.step)
+        if ctx.step == self.to and self.saved is None:
+            self.saved = copy.deepcopy(ctx.state_dict())
+
+    @hook(tryfirst=True)
+    def on_log(self, ctx: Any) -> None:
+        if ctx.step == self.at and self.seen.count(self.at) == 1:
+            ctx.go_back(self.saved)
+
+
+@pytest.mark.parametrize(("at", "to"), [(8, 4), (8, 8), (16, 8), (24, 8), (16, 12)])
+def test_going_back_and_on_again_is_as_if_nothing_had_been(tmp_path: Path, at: int, to: int) -> None:
+    """Within an epoch, over its end, to its end, and from the end of the run."""
+    back, heard = Back(at=at, to=to), []
+
+    @component
+    class Hear(Callback):
+        def on_log(self, ctx: Any) -> None:
+            heard.append(ctx.step)
+
+    run, alone = trainer(tmp_path, back, Hear(), max_duration="2ep"), trainer(tmp_path, max_duration="2ep")
+    assert run.train().losses == alone.train().losses
+    assert back.seen == [*range(1, at + 1), *range(to + 1, 25)]
+    assert heard[at // 4 - 1] == at, "the others hear of the log before the way back"
+    assert torch.equal(weights(run.ctx), weights(alone.ctx))
+    assert (run.ctx.step, run.ctx.samples, run.output.completed) == (24, 48, True)
+
+
+def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
+    @component
+    class Rehearse(Callback):
+        def on_run_start(self, ctx: Any) -> None:
+            before = weights(ctx)
+            with ctx.rehearsal() as step:
+                losses = [step().item() for _ in range(15)]
+                assert not torch.equal(weights(ctx), before)
+            assert len(set(losses)) == 15
+            assert torch.equal(weights(ctx), before) and ctx.step == 0
+
+    run, alone = trainer(tmp_path, Rehearse()), trainer(tmp_path)
+    assert run.train().losses == alone.train().losses
+
+
+def test_a_wrapper_stands_between_the_loop_and_every_listener(tmp_path: Path) -> None:
+    calls: list[tuple[str, str]] = []
+
+    @component
+    class Trace(Callback):
+        def make_listener_wrapper(self, ctx: Any) -> Any:
+            def wrap(call: Any, event: str, thing: Any) -> Any:
+                def traced(ctx: Any) -> None:
+                    calls.append((event, thing.plugin_name))
+                    call(ctx)
+
+                return traced
+
+            return wrap
+
+    trainer(tmp_path, Trace(), Veto(steps=[]), max_duration="1st").train()
+    assert calls == [(event, "callback:Veto") for event in ("on_run_start", "on_clipped", "on_step_end")]

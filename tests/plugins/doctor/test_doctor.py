@@ -1,0 +1,119 @@
+"""What the doctor finds on a sound machine, and in environments that are broken on purpose."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivetrain_doctor import Doctor, Finding, checks, examine
+from drivetrain_testing import Check, conformance
+
+CLOCK = count(10**18, 10**9)
+TWO_PROCESSES = checks._two_processes  # which takes seconds
+
+
+@conformance(Doctor())
+def test_conformance(check: Check) -> None:
+    check()
+
+
+def publish(folder: Path, name: str, entry_points: str, requires: str = "drivetrain-core>=0.1,<1") -> None:
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"  # a name ends at the first dash
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\nRequires-Dist: {requires}\n")
+    (info / "entry_points.txt").write_text(entry_points)
+    os.utime(folder, ns=(0, next(CLOCK)))  # discovery looks at when a folder changed, and the file system's clock is coarse
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of installed distributions; of others none is looked at."""
+    (tmp_path / "toy_doctor_checks.py").write_text(
+        "def fine():\n    return True, 'plenty left', ''\n"
+        "def empty():\n    return False, 'nothing left', 'buy more'\n"
+        "def broken():\n    raise OSError('no answer')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "one,two")
+    monkeypatch.setattr(checks, "_two_processes", lambda: Finding("two processes", True, "left out"))
+    return tmp_path
+
+
+def found(folder: Path) -> dict[str, Any]:
+    return {finding.check: finding for finding in examine(folder)}
+
+
+def test_a_sound_machine(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_two_processes", TWO_PROCESSES)
+    findings = list(examine(site / "runs"))
+    assert all(finding.ok for finding in findings), [str(finding) for finding in findings if not finding.ok]
+    names = [finding.check for finding in findings]
+    assert names[:2] == ["python", "torch"]
+    assert {"devices", "launch environment", "plugins", "two processes", "output directory"} <= set(names)
+    assert not (site / "runs").exists(), "looking leaves nothing behind"
+
+
+def test_plugins_that_cannot_be_used_are_named_with_a_remedy(site: Path) -> None:
+    publish(site, "one", "[drivetrain.model]\nlost = not_there:Model\n[drivetrain.dataset]\nboth = toy_doctor_checks:fine\n")
+    publish(site, "two", "[drivetrain.dataset]\nboth = toy_doctor_checks:fine\n")
+    publish(site, "two-old", "")
+    findings = found(site)
+    assert "failed to import not_there:Model" in findings["plugin model:lost"].text
+    assert "2 installed distributions provide the dataset 'both'" in findings["plugin dataset:both"].text
+    assert all(findings[name].remedy for name in ("plugin model:lost", "plugin dataset:both"))
+    assert findings["plugins"].text.startswith("0 of 3")
+
+
+def test_a_plugin_for_another_core(site: Path) -> None:
+    publish(site, "one", "[drivetrain.dataset]\nnew = toy_doctor_checks:fine\n", "drivetrain-core>=9,<10")
+    finding = found(site)["plugin dataset:new"]
+    assert not finding.ok
+    assert "needs drivetrain-core>=9,<10" in finding.text
+    assert "pip install -U one" in finding.remedy
+
+
+def test_checks_that_plugins_bring(site: Path) -> None:
+    names = ("fine", "empty", "broken")
+    publish(site, "one", "[drivetrain.check]\n" + "".join(f"{name} = toy_doctor_checks:{name}\n" for name in names))
+    findings = found(site)
+    assert (findings["fine (one)"].ok, findings["fine (one)"].text) == (True, "plenty left")
+    assert (findings["empty (one)"].ok, findings["empty (one)"].remedy) == (False, "buy more")
+    assert (findings["broken (one)"].ok, findings["broken (one)"].text) == (False, "OSError: no answer")
+
+
+def test_the_launch_environment_is_shown_with_its_evidence(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    finding = found(site)["launch environment"]
+    assert finding.text == "mpi: rank 1 of 2, 1 on this machine (from OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)"
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "7")
+    finding = found(site)["launch environment"]
+    assert not finding.ok and "contradicts itself" in finding.text and "unset" in finding.remedy
+
+
+def test_a_directory_that_cannot_be_written(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    finding = found(site)["output directory"]
+    assert not finding.ok and "Permission denied" in finding.text and "output_dir" in finding.remedy
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_command(site: Path, capsys: pytest.CaptureFixture[str], broken: bool) -> None:
+    if broken:
+        publish(site, "one", "[drivetrain.check]\nempty = toy_doctor_checks:empty\n")
+    parser, command = argparse.ArgumentParser(), Doctor()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["--json", "--output-dir", str(site)])) == int(broken)
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["check"] for row in rows if not row["ok"]] == (["empty (one)"] if broken else [])
+    assert command.run(parser.parse_args(["--output-dir", str(site)])) == int(broken)
+    assert capsys.readouterr().out.endswith("1 of 8 failed\n" if broken else "all is well\n")

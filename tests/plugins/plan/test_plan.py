@@ -1,0 +1,276 @@
+"""Planning runs of small models: memory against counting by hand and against real runs, times by formula, and what cannot be simulated."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from drivetrain import (
+    Component,
+    ConfigError,
+    DrivetrainError,
+    OptimizerComponent,
+    Precision,
+    Strategy,
+    Trainer,
+    TrainingConfig,
+    component,
+)
+from drivetrain_plan import DeviceProfile, load_profile, plan
+from drivetrain_plan.calibrate import save
+from drivetrain_plan.profiles import names, parse, seconds_on
+from drivetrain_plan.recorder import Collective, Recorder
+from drivetrain_plan.roofline import collective_time
+from drivetrain_plan.scaling import scaled
+
+WIDTH, BATCH = 64, 16
+
+
+@component
+class Adam(OptimizerComponent):
+    """torch's, so that these tests need no plugin beside the one they test."""
+
+    kind: ClassVar[str] = "optimizer"
+
+    def make_optimizer(self, ctx: Any) -> torch.optim.Optimizer:
+        return torch.optim.Adam(ctx.model.parameters(), lr=1e-3, foreach=False)
+
+
+def net(*between: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *between, nn.Linear(WIDTH, WIDTH))
+
+
+def data(samples: int = 200) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.ones(WIDTH), torch.ones(WIDTH)) for _ in range(samples)]
+
+
+def config(**changes: Any) -> TrainingConfig:
+    given: dict[str, Any] = {"optimizer": Adam(), "scheduler": None, "per_device_batch_size": BATCH, "distributed": "none"}
+    given |= {"device": "cpu", "max_duration": "2ep", "max_grad_norm": None, "precision": None}
+    return TrainingConfig(**given | changes)
+
+
+def planned(model: nn.Module | None = None, **changes: Any) -> Any:
+    ranks = changes.pop("ranks", 1)
+    given = {"model": net(nn.ReLU()) if model is None else model, "train_dataset": data(), "loss": nn.MSELoss()}
+    return plan(config(**changes), ranks, "cpu", precision=Precision(), **given)
+
+
+class TestMemory:
+    def test_parameters_gradients_and_state_are_counted_to_the_byte(self) -> None:
+        found, numbers = planned().simulation, 2 * (WIDTH * WIDTH + WIDTH)
+        assert found.parameters == found.trainable == numbers
+        assert found.largest["parameters"] == found.largest["gradients"] == 4 * numbers
+        assert found.largest["optimizer state"] == 8 * numbers + 4 * 4  # two moments, and a step count for each of four tensors
+
+    def test_frozen_parameters_have_neither(self) -> None:
+        model = net(nn.ReLU())
+        model[0].requires_grad_(False)
+        found = planned(model).simulation
+        assert found.largest["gradients"] * 2 == found.largest["parameters"]
+        assert found.trainable * 2 == found.parameters
+
+    def test_activations_are_what_autograd_keeps_in_a_real_run(self) -> None:
+        model, kept = net(nn.GELU(), nn.LayerNorm(WIDTH), nn.Tanh()), {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        own = [p.untyped_storage().data_ptr() for p in model.parameters()]
+        batch, targets = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            nn.MSELoss()(model(batch), targets)
+        given = {batch.untyped_storage().data_ptr(), targets.untyped_storage().data_ptr(), *own}
+        truth = sum(size for place, size in kept.items() if place not in given)
+        estimate = planned(model).simulation.largest["activations"]
+        assert estimate == pytest.approx(truth, rel=0.02), "beside them only the loss itself"
+
+    def test_two_microbatches_keep_gradients_through_the_second_forward(self) -> None:
+        one, two = planned().simulation, planned(gradient_accumulation_steps=4).simulation
+        assert one.accumulation == 1 and (two.accumulation, two.microbatches) == (4, 2)
+        assert two.peak > one.peak
+        assert two.at_peak["gradients"] == one.largest["gradients"]
+
+    def test_a_trainer_is_planned_as_its_configuration_is_and_trains_afterwards(self) -> None:
+        model = net(nn.ReLU())
+        before = [p.detach().clone() for p in model.parameters()]
+        trainer = Trainer(model, config(standard_callbacks=False), data(), loss=nn.MSELoss(), precision=Precision())
+        environment = dict(os.environ)
+        assert plan(trainer, device="cpu").simulation.at_peak == planned().simulation.at_peak
+        assert dict(os.environ) == environment and not dist.is_initialized()
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        assert trainer.train().completed
+        assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+    def test_a_trainer_in_the_middle_of_a_run_is_refused(self) -> None:
+        trainer = Trainer(net(), config(standard_callbacks=False), data(), loss=nn.MSELoss())
+        next(iter(trainer.steps()))
+        with pytest.raises(DrivetrainError, match="has not trained yet"):
+            plan(trainer)
+
+
+class TestCourse:
+    def test_steps_tokens_and_flops(self) -> None:
+        found = planned(gradient_accumulation_steps=2)
+        assert found.course.steps == 2 * math.ceil(200 / (2 * BATCH))
+        assert found.tokens_per_step == 2 * BATCH and found.unit == "samples"
+        # forward of both layers, weights' gradients of both, the input's of the second
+        assert found.flops_per_token == 2 * 5 * WIDTH * WIDTH
+
+    def test_cost_follows_from_time_and_price(self) -> None:
+        found = plan(config(), 1, "h100", 3.0, model=net(), train_dataset=data(), loss=nn.MSELoss())
+        assert found.cost == pytest.approx(found.hours[1] * 3.0)
+        low, likely, high = found.step.total
+        assert 0 < low <= likely <= high
+
+    def test_the_text_fits_a_terminal_and_the_data_is_plain(self) -> None:
+        found = planned()
+        assert max(map(len, str(found).splitlines())) <= 80
+        assert "estimated" in str(found) and "fits" in str(found)
+        assert json.loads(json.dumps(found.to_dict()))["memory"]["peak"] == found.simulation.peak
+
+
+class TestScaling:
+    def test_more_samples_and_microbatches(self) -> None:
+        base = planned(per_device_batch_size=8).simulation
+        grown, real = scaled(base, 1, microbatch=2), planned(per_device_batch_size=16).simulation
+        assert grown.largest["activations"] == pytest.approx(real.largest["activations"], rel=0.01)
+        assert sum(o.flops * n for o, n in grown.operations.items()) == sum(o.flops * n for o, n in real.operations.items())
+
+    def test_ddp_reduces_all_gradients_among_all(self) -> None:
+        base = planned().simulation
+        (collective,) = scaled(base, 4).collectives
+        assert (collective.name, collective.size, collective.ranks) == ("all-reduce", base.largest["gradients"], (0, 1, 2, 3))
+
+
+class TestTimes:
+    def test_a_ring_on_one_machine_and_among_several(self) -> None:
+        device = DeviceProfile(
+            name="x", rates={"fp32": 1.0}, memory=1, bandwidth=1, per_node=8, node_bandwidth=400.0, network_bandwidth=50.0,
+            latency=0.0, links=(1, 1, 1),
+        )  # fmt: skip
+        here = Collective("backward 0", "all-reduce", 800, tuple(range(4)))
+        assert collective_time(here, device) == pytest.approx(2 * 800 * 3 / 4 / 400)
+        # one of each machine: alone on its network link; all of both machines: eight links at once
+        assert collective_time(here._replace(name="all-gather", ranks=(0, 8)), device) == pytest.approx(800 / 2 / 50)
+        assert collective_time(here._replace(name="all-gather", ranks=tuple(range(16))), device) == pytest.approx(
+            800 * 15 / 16 / 400
+        )
+        assert collective_time(here._replace(ranks=(0,)), device) == 0
+
+    def test_between_measured_points(self) -> None:
+        curve = [(10.0, 1.0), (1000.0, 10.0)]
+        assert seconds_on(curve, 100) == pytest.approx(math.sqrt(10))
+        assert (seconds_on(curve, 5), seconds_on(curve, 2000), seconds_on(curve, 0)) == (0.5, 20.0, 0.0)
+
+
+class TestProfiles:
+    @pytest.mark.parametrize("name", names())
+    def test_each_says_where_its_numbers_are_from(self, name: str) -> None:
+        profile = load_profile(name)
+        assert profile.sources and profile.rates["fp32"] > 1e9 and profile.memory > 1e9
+
+    def test_those_that_were_asked_for_are_there(self) -> None:
+        assert {"h100", "h200", "a100", "l40s", "4090", "mi300x", "cpu"} <= set(names())
+
+    def test_an_unknown_one(self) -> None:
+        with pytest.raises(ConfigError, match=r"no profile is called 'h1000'.*h100.*file\.toml"):
+            load_profile("h1000")
+
+    def test_a_file_with_mistakes_names_all_of_them(self) -> None:
+        text = 'name = "x"\nbandwidth = -1\nproducts = [1, 0.5, 2]\ncolour = 3\n[rates]\nbf16 = 1\n'
+        with pytest.raises(ConfigError) as caught:
+            parse(text, "x.toml")
+        for expected in ("memory", "bandwidth", "products", "colour", "fp32", "x.toml"):
+            assert expected in str(caught.value)
+
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        with pytest.raises(DrivetrainError, match="cannot be read"):
+            load_profile(str(tmp_path / "none.toml"))
+
+    def test_a_measured_one_survives_writing(self, tmp_path: Path) -> None:
+        curves = {"products_fp32": [(1.0, 2.0), (4.0, 8.0)], "traffic": [(1.0, 1.0)], "heavy": [(1.0, 1.0)]}
+        made = DeviceProfile(name="m", rates={"fp32": 2.5}, memory=7, bandwidth=3, waits=True, measured=curves, sources=["s"])
+        read = load_profile(str(save(made, tmp_path / "deep" / "m.toml")))
+        assert read.waits and read.product(2.0, "fp32", 1) == made.product(2.0, "fp32", 1)
+
+
+class Reads(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if x.sum().item() > 0 else x
+
+
+class Selects(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[x.sum(1) > 0]
+
+
+@torch.library.custom_op("drivetrain_plan_test::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return x * 2
+
+
+class Custom(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return twice(x)
+
+
+@component
+class Helpless(Component):
+    """A strategy that cannot hold the model."""
+
+    kind: ClassVar[str] = "strategy"
+
+    def make_strategy(self, ctx: Any) -> Strategy:
+        class Alone(Strategy):
+            def wrap(self, model: nn.Module) -> nn.Module:
+                raise DrivetrainError("the model has no blocks to divide")
+
+        return Alone()
+
+
+class TestWhatCannotBeSimulated:
+    def test_a_value_that_decides_is_named_with_its_line(self) -> None:
+        found = planned(net(Reads()))
+        (problem,) = found.simulation.problems
+        assert f"{Path(__file__).name}:" in problem and "values are read" in problem
+        assert found.simulation.complete and found.step.total.likely > 0
+
+    @pytest.mark.parametrize(("part", "said"), [(Selects(), "depends on values"), (Custom(), "no fake implementation")])
+    def test_the_rest_of_the_answer_is_given(self, part: nn.Module, said: str) -> None:
+        found = planned(net(part))
+        (problem,) = found.simulation.problems
+        assert "the forward could not be simulated" in problem and said in problem and Path(__file__).name in problem
+        whole = planned().simulation
+        for kind in ("parameters", "gradients", "optimizer state"):
+            assert found.simulation.largest[kind] == whole.largest[kind]
+        assert found.course.steps == planned().course.steps
+        assert found.fits is None and "cannot be said" in str(found)
+        assert found.to_dict()["step_seconds"] is None
+
+    def test_a_strategy_that_cannot_hold_the_model_leaves_one_process(self) -> None:
+        found = planned(ranks=4, distributed=Helpless())
+        assert "no blocks to divide" in found.simulation.problems[0] and "one process alone" in found.simulation.problems[0]
+        assert found.ranks == 1 and found.simulation.peak == planned().simulation.peak
+
+    def test_nothing_to_plan(self) -> None:
+        with pytest.raises(DrivetrainError, match="model"):
+            plan(config(), train_dataset=data(), device="cpu")
+        with pytest.raises(ConfigError, match="at least 1"):
+            planned(ranks=0)
+
+
+def test_the_recorder_sees_real_steps_too() -> None:
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8)
+    with Recorder() as recorder:
+        layer(x).sum().backward()
+    assert sum(o.flops * n for o, n in recorder.operations.items()) == 2 * (2 * 4 * 8 * 8)

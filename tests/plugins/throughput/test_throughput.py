@@ -1,0 +1,205 @@
+"""Throughput: the arithmetic against a clock that the test sets, then a real run."""
+
+from __future__ import annotations
+
+import resource
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+import drivetrain_throughput
+from drivetrain import Callback, Trainer, TrainingConfig, component
+from drivetrain_throughput import ThroughputCallback
+
+SPEEDS = ("steps_per_second", "samples_per_second", "tokens_per_second", "step_ms", "data_wait")
+
+
+class Run:
+    """A context whose clock stands still until it is told to move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **counters: Any) -> None:
+        given = {"step": 0, "samples": 0, "tokens": 0, "data_wait": 0.0, "metrics": {}, "device": torch.device("cpu")}
+        self.ctx: Any = SimpleNamespace(**given | counters)
+        self.now = 1000.0
+        monkeypatch.setattr(drivetrain_throughput, "perf_counter", lambda: self.now)
+        self.callback = ThroughputCallback()
+        self.callback.on_run_start(self.ctx)
+
+    def train(self, steps: int, seconds: float, wait: float = 0.0, tokens: int = 64) -> None:
+        self.now += seconds
+        self.ctx.step += steps
+        self.ctx.samples += 8 * steps
+        self.ctx.tokens += tokens * steps
+        self.ctx.data_wait += wait
+
+    def evaluate(self, seconds: float) -> None:
+        self.callback.on_evaluate_start(self.ctx)
+        self.now += seconds
+        self.callback.on_evaluate_end(self.ctx)
+
+    def save(self, seconds: float) -> None:
+        self.now += seconds
+        self.callback.on_checkpoint_saved(self.ctx)
+
+    def log(self) -> dict[str, float]:
+        self.ctx.metrics = {"train/loss": 1.0}
+        self.callback.on_log(self.ctx)
+        return {name: self.ctx.metrics[f"speed/{name}"] for name in SPEEDS if f"speed/{name}" in self.ctx.metrics}
+
+
+def test_speeds_are_those_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, step=500, samples=4000, tokens=32_000)  # after a resume the counters do not begin at 0
+    run.train(steps=10, seconds=2.0, wait=0.5)
+    expected = {
+        "steps_per_second": 5.0,
+        "samples_per_second": 40.0,
+        "tokens_per_second": 320.0,
+        "step_ms": 200.0,
+        "data_wait": 0.25,
+    }
+    assert run.log() == pytest.approx(expected)
+    run.train(steps=10, seconds=1.0)
+    assert run.log() == pytest.approx({k: 2 * v for k, v in expected.items()} | {"step_ms": 100.0, "data_wait": 0.0})
+    assert run.ctx.metrics["train/loss"] == 1.0, "what others logged stays"
+
+
+def test_batches_without_tokens_have_no_token_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.train(steps=1, seconds=1.0, tokens=0)
+    assert "tokens_per_second" not in run.log()
+
+
+def test_evaluation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.train(steps=5, seconds=1.0)
+    run.evaluate(60.0)
+    run.train(steps=5, seconds=1.0, wait=0.5)
+    run.evaluate(30.0)
+    assert run.log()["step_ms"] == pytest.approx(200.0)
+    run.train(steps=10, seconds=2.0)
+    assert run.log()["step_ms"] == pytest.approx(200.0), "each pause is taken out of its own interval"
+
+
+def test_a_checkpoint_after_a_log_or_an_evaluation_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.train(steps=10, seconds=2.0)
+    run.log()
+    run.save(20.0)
+    run.train(steps=10, seconds=2.0)
+    assert run.log()["step_ms"] == pytest.approx(200.0)
+    run.evaluate(60.0)
+    run.save(20.0)
+    run.train(steps=10, seconds=2.0)
+    assert run.log()["step_ms"] == pytest.approx(200.0)
+
+
+def test_a_checkpoint_that_becomes_durable_later_takes_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved in the background: the steps meanwhile were training."""
+    run = Run(monkeypatch)
+    run.train(steps=10, seconds=2.0)
+    run.log()
+    run.train(steps=5, seconds=1.0)
+    run.save(0.0)
+    run.train(steps=5, seconds=1.0)
+    assert run.log()["step_ms"] == pytest.approx(200.0)
+
+
+def test_a_log_without_a_step_has_no_speeds(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    assert run.log() == {}
+
+
+def test_memory_and_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.log()
+    metrics = run.ctx.metrics
+    assert metrics["memory/process_gb"] == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert metrics["memory/process_peak_gb"] == pytest.approx(max(peak * 1024 / 1e9, metrics["memory/process_gb"]), rel=0.2)
+    assert metrics["memory/process_peak_gb"] >= metrics["memory/process_gb"]
+    assert 0 <= metrics["system/cpu_percent"] <= 100
+    assert "memory/device_gb" not in metrics
+
+
+def test_the_peak_outlives_what_caused_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.log()
+    before = run.ctx.metrics["memory/process_peak_gb"]
+    size = int((before - psutil.Process().memory_info().rss / 1e9) * 1e9) + 200_000_000
+    block = bytearray(size)
+    block[::4096] = b"x" * len(block[::4096])
+    del block
+    run.log()
+    assert run.ctx.metrics["memory/process_peak_gb"] >= before + 0.15
+    assert run.ctx.metrics["memory/process_gb"] < run.ctx.metrics["memory/process_peak_gb"] - 0.1
+
+
+def test_memory_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 3_500_000_000)
+    run = Run(monkeypatch, device=torch.device("cuda", 0))
+    run.log()
+    assert run.ctx.metrics["memory/device_gb"] == 3.5
+
+
+def test_an_accelerator_that_does_not_count_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, device=torch.device("meta"))
+    run.log()
+    assert "memory/device_gb" not in run.ctx.metrics
+
+
+@component
+class Slow(Callback):
+    """Slow evaluation, and a listener of the log in front of the configured place of throughput."""
+
+    def on_log(self, ctx: Any) -> None:
+        assert "speed/step_ms" in ctx.metrics, "throughput comes first, whatever the order of the configuration"
+
+    def on_evaluate_batch(self, ctx: Any) -> None:
+        time.sleep(0.2)
+
+
+class SlowData(torch.utils.data.Dataset[Any]):
+    """Eight samples that take 5 ms each."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.005)
+        return torch.ones(4), torch.ones(1)
+
+
+def test_a_real_run() -> None:
+    def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.01)
+        return nn.functional.mse_loss(outputs, targets)
+
+    seen = []
+
+    @component
+    class Watch(Callback):
+        def on_log(self, ctx: Any) -> None:
+            seen.append(dict(ctx.metrics))
+
+    model = nn.Linear(4, 1)
+    config = TrainingConfig(
+        max_duration="12st", eval_interval="3st", log_interval="4st", per_device_batch_size=2, standard_callbacks=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callbacks = [Slow(), ThroughputCallback(), Watch()]
+    Trainer(model, config, SlowData(), SlowData(), loss=loss, optimizer=optimizer, callbacks=callbacks).train()
+    assert len(seen) == 3
+    for metrics in seen[1:]:  # a step: 2 × 5 ms of data, 10 ms of loss; an evaluation in the interval: 4 × (0.2 s + 20 ms)
+        assert 20 <= metrics["speed/step_ms"] <= 60
+        assert 0.2 <= metrics["speed/data_wait"] <= 0.7
+        assert metrics["speed/samples_per_second"] == pytest.approx(2 * metrics["speed/steps_per_second"])
+
+
+def test_nothing_happens_in_a_step() -> None:
+    hooks = {name for name in dir(ThroughputCallback) if name.startswith("on_")}
+    assert hooks == {"on_run_start", "on_log", "on_evaluate_start", "on_evaluate_end", "on_checkpoint_saved"}
