@@ -26,7 +26,7 @@ def test_device_manager_on_this_machine() -> None:
     assert moved["c"][0] == 1
 
 
-@pytest.mark.parametrize("name", ["gpu", "cdua", "xla", "cuda:99"])
+@pytest.mark.parametrize("name", ["gpu", "cdua", "hpu", "cuda:99"])
 def test_unknown_or_missing_devices_name_those_that_exist(name: str) -> None:
     with pytest.raises(ConfigError, match=r"device: .*Available: cpu"):
         DeviceManager(name)
