@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain import CallbackContext, hookspecs
-from drivetrain.hookspecs import EVENTS, OF_EACH_STEP, EventSpecs, MakeSpecs, RegisterSpecs
+from drivetrain.hookspecs import EVENTS, OF_EACH_STEP, EventSpecs, MakeSpecs
 
 PAGE = Path(__file__).with_name("events.md")
 
@@ -87,9 +87,6 @@ def _others() -> Iterator[str]:
     hooks = [getattr(MakeSpecs, name) for name in vars(MakeSpecs) if name.startswith("make_")]
     rows = [(f"`{h.__name__}`", " ".join(_told(h)).strip(), f"`{h.__annotations__['return']}`") for h in hooks]
     yield from _table(("hook", "what it does", "returns"), rows)
-    yield from ("", "## Lists", "")
-    hooks = [getattr(RegisterSpecs, name) for name in vars(RegisterSpecs) if name.startswith("register_")]
-    yield from _table(("hook", "what it does"), [(f"`{h.__name__}`", " ".join(_told(h)).strip()) for h in hooks])
 
 
 # -- the context ---------------------------------------------------------------------------------------------------------------

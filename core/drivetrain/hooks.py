@@ -151,17 +151,15 @@ def _note(event: str, thing: Component) -> str:
 def _check_names(thing: Component) -> None:
     """Refuse a method that looks like a hook and is none, and a hook that does not take exactly one argument."""
     for name in dir(type(thing)):
-        if not name.startswith(("on_", "make_", "register_")):
+        if not name.startswith(("on_", "make_")):
             continue
         if name not in HOOKS:
             raise PluginError(
                 f"{thing.plugin_name} ({thing.origin}) has a method {name!r}, which is no hook.{suggest(name, HOOKS)} "
                 "Rename it, or begin its name with an underscore."
             )
-        expected = [] if name.startswith("register_") else ["ctx"]
         found = list(inspect.signature(getattr(thing, name)).parameters)
-        if len(found) != len(expected):
+        if len(found) != 1:
             raise PluginError(
-                f"{thing.plugin_name} ({thing.origin}): {name} must take {'one argument, ctx' if expected else 'no argument'}, "
-                f"but takes ({', '.join(found)})."
+                f"{thing.plugin_name} ({thing.origin}): {name} must take one argument, ctx, but takes ({', '.join(found)})."
             )

@@ -212,19 +212,11 @@ class EventSpecs:
         """The run is over, well or not (`ctx.stop_reason`). Every listener is called, whatever the others raise."""
 
 
-class RegisterSpecs:
-    """Cold lists, gathered from plugins that are not part of a run."""
-
-    @spec
-    def register_checks(self) -> Any:
-        """Return checks for `drivetrain doctor`."""
-
-
-SPECS = (MakeSpecs, EventSpecs, RegisterSpecs)
+SPECS = (MakeSpecs, EventSpecs)
 EVENTS = tuple(name for name in vars(EventSpecs) if name.startswith("on_"))
 MAKERS = tuple(name for name in vars(MakeSpecs) if name.startswith("make_"))
 OF_EACH_STEP = (  # on ordinary steps too: nothing here should wait for the device, write a file or call a collective
     *("on_step_start", "on_batch", "on_forward", "on_loss", "on_backward"),
     *("on_gradients", "on_clipped", "on_optimizer_step", "on_step_end"),
 )
-HOOKS = (*MAKERS, *EVENTS, *(name for name in vars(RegisterSpecs) if name.startswith("register_")))
+HOOKS = (*MAKERS, *EVENTS)

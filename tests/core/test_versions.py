@@ -95,7 +95,7 @@ def test_implementing_a_hook_that_retires_warns_at_the_implementation(monkeypatc
         def on_every(self, ctx: CallbackContext) -> None: ...
 
     specs = type("Specs", (hookspecs.EventSpecs,), {"on_log": Old.on_log})
-    monkeypatch.setattr(hooks, "SPECS", (hookspecs.MakeSpecs, specs, hookspecs.RegisterSpecs))
+    monkeypatch.setattr(hooks, "SPECS", (hookspecs.MakeSpecs, specs))
     with pytest.warns(DeprecationWarning, match="use on_every") as told:
         hooks.RunPluginManager([Uses()])
     assert (told[0].filename, told[0].lineno) == (__file__, Uses.on_log.__code__.co_firstlineno)
