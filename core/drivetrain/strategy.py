@@ -128,6 +128,18 @@ class Strategy:
         """What `load_model_state` and `load_optimizer_state` of this process take back: its part of sharded tensors, nothing is sent."""
         return self.model_state(model), self.optimizer_state(model, optimizer)
 
+    def pieces(self, tensor: Tensor, like: Any) -> Sequence[tuple[tuple[int, ...], Tensor]] | None:
+        """Which parts of the whole a tensor of `own_state` is: plain views of it, each with its offsets in the whole.
+
+        None, whatever the tensor, under a strategy whose processes have whole tensors. Otherwise checkpoints are written and read
+        by all processes, each its own pieces, through `own_state`.
+
+        Args:
+            tensor: from `own_state`, or empty and made like a tensor of it.
+            like: the live parameter or buffer that it is laid out as.
+        """
+        return None
+
     def teardown(self) -> None:
         """Leave the other processes. Called once, after the run, whatever happened."""
 

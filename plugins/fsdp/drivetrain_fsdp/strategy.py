@@ -209,6 +209,22 @@ class FsdpStrategy(ProcessGroupStrategy):
         """This process's parts."""
         return dict(model.state_dict()), optimizer.state_dict()
 
+    def pieces(self, tensor: Tensor, like: Any) -> Sequence[tuple[tuple[int, ...], Tensor]]:
+        """This process's part: one piece, or a run of rows for each place where the rows are not in the model's order."""
+        if not isinstance(tensor, DTensor):
+            return [((0,) * tensor.dim(), tensor.detach())]
+        local = tensor.to_local().detach()
+        if not local.numel():
+            return []
+        (chunk,) = tensor.__create_chunk_list__()
+        first, *others = chunk.offsets or (0,)
+        order = self._orders.get(id(like))
+        if order is None:
+            return [(tuple(chunk.offsets), local)]
+        rows = order[first : first + len(local)]
+        starts = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
+        return [((int(rows[a]), *others), local[a:b]) for a, b in itertools.pairwise(starts)]
+
     def _whole(self, value: Any, parameter: Any) -> Any:
         """A divided tensor put together, rows in the model's order; all ranks take part, the first one keeps it, in host memory."""
         if not isinstance(value, DTensor):
