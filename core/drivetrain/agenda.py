@@ -17,8 +17,8 @@ NEVER = 1 << 62
 class _Item:
     """One action and its period. The next time follows from the position alone, so a resume needs no state."""
 
-    def __init__(self, period: Duration, action: Callable[[], None], ctx: CallbackContext) -> None:
-        self.action = action
+    def __init__(self, period: Duration, action: Callable[[], None], at_end: bool, ctx: CallbackContext) -> None:
+        self.action, self.at_end = action, at_end
         self.period, self.unit = period.value, period.unit
         if self.unit == "%":
             self.period, self.unit = ctx.run_length * period.value / 100, ctx.run_unit
@@ -44,9 +44,9 @@ class Agenda:
         self._items: list[_Item] = []
         self.next_step = NEVER  # before this step nothing can be due
 
-    def add(self, period: Duration, action: Callable[[], None]) -> None:
-        """Carry `action` out whenever `period` has passed."""
-        self._items.append(_Item(period, action, self._ctx))
+    def add(self, period: Duration, action: Callable[[], None], *, at_end: bool = False) -> None:
+        """Carry `action` out whenever `period` has passed, and with `at_end` also where the run ends."""
+        self._items.append(_Item(period, action, at_end, self._ctx))
 
     def replan(self) -> None:
         """Work out all times anew, after counters were restored."""
@@ -54,10 +54,10 @@ class Agenda:
             item.plan(self._ctx)
         self._set_next_step()
 
-    def run(self) -> None:
+    def run(self, ended: Callable[[], bool]) -> None:
         """Carry out what is due."""
         for item in self._items:
-            if item.due(self._ctx):
+            if item.due(self._ctx) or (item.at_end and ended()):
                 item.plan(self._ctx)
                 item.action()
         self._set_next_step()

@@ -12,7 +12,7 @@ Nothing here waits for the device on an ordinary step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -51,6 +51,7 @@ class Loop:
         self.ctx, self.events, self.agenda, self.source, self.call = ctx, events, agenda, source, call
         self.schedule, self.max_grad_norm, self.transfer = schedule, max_grad_norm, transfer
         self.losses: list[Tensor] = []  # one scalar on the device for each step since the last log
+        self._folded = 0  # more steps than one whose sum the first of them is
         self.on_resume: Callable[[], None] | None = None  # puts random states back once the data is open
         self.parameters: Sequence[nn.Parameter] = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._autocast: AbstractContextManager[Any] | None = ctx.precision.forward()
@@ -76,7 +77,7 @@ class Loop:
                         on.step_end(ctx)
                     assert ctx.loss_tensor is not None
                     done = Step(ctx.step, ctx.epoch, ctx.loss_tensor)
-                    if ctx.step >= self.agenda.next_step:
+                    if ctx.step >= self.agenda.next_step or self.reached_end():
                         self._run_agenda()
                     yield done
                 if self.over() or self.on_resume is not None:  # the end, or a way back, for which the data is opened anew
@@ -87,7 +88,7 @@ class Loop:
 
     def _run_agenda(self) -> None:
         began = time.perf_counter()
-        self.agenda.run()
+        self.agenda.run(self.reached_end)
         if self.ctx.strategy.world_size > 1:
             self._agree()
         self.ctx.paused += time.perf_counter() - began
@@ -100,19 +101,20 @@ class Loop:
         # fp32 holds seconds to a microsecond for a minute, to 0.1 s for a month: what counts is that all ranks see the same
         wanted, interrupted, ctx.agreed_seconds = ctx.strategy.sum(torch.tensor(mine, device=ctx.device)).tolist()
         ctx.interrupted = bool(interrupted)
-        if wanted:
+        if wanted and not self.reached_end():
             ctx.stop_reason = ctx.stop_wanted or "another rank asked to stop"
 
     def over(self) -> bool:
         """Whether the run has reached its end or somebody stopped it."""
         ctx = self.ctx
-        if ctx.stop_reason is None and self._reached_end():
+        if ctx.stop_reason is None and self.reached_end():
             ctx.stop_reason, ctx.at_end = f"max_duration {ctx.config.max_duration} reached", True
         if ctx.stop_reason is None and ctx.strategy.world_size == 1:
             ctx.stop_reason = ctx.stop_wanted
         return ctx.stop_reason is not None
 
-    def _reached_end(self) -> bool:
+    def reached_end(self) -> bool:
+        """Whether `max_duration` is over."""
         ctx = self.ctx
         if ctx.config.max_duration.unit == "ep" and ctx.steps_per_epoch is not None:  # passes count, with their skipped steps
             return ctx.epoch * ctx.steps_per_epoch + ctx.step_in_epoch >= ctx.run_length
@@ -363,14 +365,42 @@ class Loop:
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
-        if ctx.steps_per_epoch is None and ctx.step >= self.agenda.next_step - 1:
+        if ctx.steps_per_epoch is None and (ctx.step >= self.agenda.next_step - 1 or self.reached_end()):
             self._run_agenda()  # epochs of unknown length end here, not at a step known ahead
 
     def _remember_loss(self) -> None:
         assert self.ctx.loss_tensor is not None
         self.losses.append(self.ctx.loss_tensor)
-        if len(self.losses) >= 1024:  # logging is rare in this run: keep a mean instead of every value
-            self.losses = [torch.stack(self.losses).mean()]
+        if len(self.losses) >= 1024:  # logging is rare in this run: keep a sum instead of every value
+            self._folded += len(self.losses) - 1
+            self.losses = [self._gathered().sum()]
+
+    def _gathered(self) -> Tensor:
+        return torch.stack([loss.float() for loss in self.losses])
+
+    def take_loss(self) -> Tensor:
+        """This process's mean loss since the last log, on the device; from here on the next one is gathered."""
+        mean = self._gathered().sum() / (len(self.losses) + self._folded)
+        self.losses, self._folded = [], 0
+        return mean
+
+    def unlogged(self) -> dict[str, Any]:
+        """What this process has gathered for the next log, and the overflows in a row; see `Trainer.state_dict`."""
+        ctx, losses = self.ctx, self._gathered() if self.losses else None
+        place = ctx.device if ctx.strategy.world_size == 1 else torch.device("cpu")  # to be gathered
+        numbers = {"folded": self._folded, "consecutive_skips": self._consecutive_skips}
+        values = {name: _moved(v, place) if isinstance(v, Tensor) else float(v) for name, v in ctx._pending.items()}
+        return numbers | {"losses": _moved(losses, place), "grad_norm": _moved(ctx.grad_norm, place), "values": values}
+
+    def load_unlogged(self, saved: Mapping[str, Any]) -> None:
+        """Take back what `unlogged` gave."""
+        ctx, place = self.ctx, self.ctx.device
+        losses = _moved(saved["losses"], place)
+        self.losses = [] if losses is None else list(losses.unbind())
+        ctx.loss_tensor, ctx._loss_value = self.losses[-1] if self.losses else None, None
+        ctx.grad_norm, self._folded = _moved(saved["grad_norm"], place), saved["folded"]
+        ctx._pending = {name: _moved(v, place) for name, v in saved["values"].items()}
+        self._consecutive_skips = saved["consecutive_skips"]
 
     def _count_skip(self) -> None:
         self.ctx.skipped_steps += 1
@@ -380,6 +410,10 @@ class Loop:
                 f"{_MOST_SKIPS} steps in a row had infinite or NaN gradients, at step {self.ctx.step}. "
                 "Lower the learning rate, or train in bf16 or fp32."
             )
+
+
+def _moved(value: Any, place: torch.device) -> Any:
+    return value.detach().to(place) if isinstance(value, Tensor) else value
 
 
 def _positive(weight: Tensor | float) -> Tensor | float:

@@ -31,6 +31,7 @@ from drivetrain.fitting import choose_strategy
 from drivetrain.hooks import Events, RunPluginManager, bind
 from drivetrain.loop import Loop
 from drivetrain.optim import follow_parameters
+from drivetrain.peers import Peer, announce_failures
 from drivetrain.precision import Precision
 from drivetrain.prepare import build, prepare
 from drivetrain.registry import is_installed
@@ -66,7 +67,9 @@ class Run:
         ctx.run = self
         ctx.config = self.config = _with_specs(given)
         ctx.resume = self.config.resume
-        self.devices = DeviceManager(str(given.device or self.config.device), detect().local_rank)
+        if (place := detect()).world_size > 1:
+            announce_failures(Peer.here(place.rank))
+        self.devices = DeviceManager(str(given.device or self.config.device), place.local_rank)
         ctx.device = self.devices.device
         self.components = self._components()
         self.pm = RunPluginManager(self.components)
@@ -244,9 +247,10 @@ class Run:
     # -- periodic actions --------------------------------------------------------------------------------------------------
 
     def _fill_agenda(self) -> None:
-        self.agenda.add(self.config.log_interval, self.log)
+        # Where the run ends, before the saves that are due there: a checkpoint of the end holds what came of it.
+        self.agenda.add(self.config.log_interval, self.log, at_end=True)
         if self.config.eval_interval is not None and self.eval_source is not None:
-            self.agenda.add(self.config.eval_interval, self._evaluate_as_planned)
+            self.agenda.add(self.config.eval_interval, self._evaluate_as_planned, at_end=True)
         for _, thing in self.pm.listeners("on_every"):
             every = getattr(thing, "every", None)
             if every is None:  # the component chose not to be called
@@ -262,13 +266,13 @@ class Run:
             return
         values: dict[str, Any] = {}
         if self.loop.losses:
-            values = {"train/loss": torch.stack(self.loop.losses).float().mean(), "train/lr": ctx.lr}
+            values = {"train/loss": self.loop.take_loss(), "train/lr": ctx.lr}
         if ctx.grad_norm is not None:
             values["train/grad_norm"] = ctx.grad_norm
         if "train/loss" in values and ctx.strategy.world_size > 1:
             values["train/loss"] = ctx.strategy.sum(values["train/loss"]) / ctx.strategy.world_size
         ctx.metrics = read(values | pending)
-        self.loop.losses, ctx._pending = [], {}
+        ctx._pending = {}
         if "train/loss" in ctx.metrics:
             self.losses.append((ctx.step, ctx.metrics["train/loss"]))
         if self.events.log is not None:
@@ -288,6 +292,8 @@ class Run:
         assert self.loop.on_resume is not None
         self.loop.on_resume()  # for whatever else is due now; the loop does it once more when the data is open
         self.losses = [(step, loss) for step, loss in self.losses if step <= ctx.step]
+        if self.losses and self.losses[-1][0] == ctx.step:  # saved just before a log that has been made since
+            self.loop.losses = []
         ctx.stop_reason, ctx.at_end = None, False
         self.agenda.replan()
 
@@ -303,7 +309,10 @@ class Run:
         self.evaluate()
 
     def finish(self) -> bool:
-        """At a regular end: log and evaluate what the periods left over. False when that made the run go back."""
+        """At a regular end: log and evaluate what is left over, by a stop or by an earlier process that was interrupted in it.
+
+        False when that made the run go back.
+        """
         self.log()
         if self.ctx.stop_reason is None:
             return False

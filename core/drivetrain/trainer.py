@@ -28,6 +28,7 @@ from drivetrain.rng import full_state, in_turns, mix, seed_all, set_full_state
 from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
 
+_PARTS = ("progress", "model", "optimizer", "precision", "components", "rng", "unlogged", "manifest")
 _COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps")
 
 
@@ -135,9 +136,8 @@ class Trainer:
         self._started = time.monotonic()
         try:
             self._start()
-            began = ctx.step
             yield from run.loop.steps()
-            while not self._stopped_early and ctx.step > began:  # a run that was complete already has nothing left to log
+            while not self._stopped_early:
                 if run.finish():
                     break
                 yield from run.loop.steps()
@@ -265,20 +265,29 @@ class Trainer:
             own: of sharded weights and their optimizer's state, this process's part instead of the whole on rank 0.
         """
         ctx, strategy = self.ctx, self.ctx.strategy
-        random = strategy.gather(full_state(ctx.device))
+        each = strategy.gather((full_state(ctx.device), self._run.loop.unlogged()))
+        each = each[
+            :: strategy.world_size // strategy.data_ranks
+        ]  # those that share data share their random numbers and losses
         if own:
             model, optimizer = strategy.own_state(ctx.model, ctx.optimizer)
         else:
             model, optimizer = strategy.model_state(ctx.model), strategy.optimizer_state(ctx.model, ctx.optimizer)
         return {
-            "progress": {name: getattr(ctx, name) for name in _COUNTERS} | {"seconds": self.elapsed},
+            "progress": {name: getattr(ctx, name) for name in _COUNTERS} | self._results(),
             "model": model,
             "optimizer": optimizer,
             "precision": ctx.precision.state_dict(),
             "components": {thing.plugin_name: state for thing in self._run.components if (state := thing.state_dict())},
-            "rng": random[:: strategy.world_size // strategy.data_ranks],  # those that share data share their random numbers
+            "rng": [random for random, _ in each],
+            "unlogged": [unlogged for _, unlogged in each],
             "manifest": self.manifest,
         }
+
+    def _results(self) -> dict[str, Any]:
+        values = {"logged": self.ctx.last_logged, "eval": self.ctx.eval_metrics}
+        plain = {what: {name: float(value) for name, value in table.items()} for what, table in values.items()}
+        return {"seconds": self.elapsed, "evaluated_at": self._run.evaluated_at, "metrics": plain}
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -295,7 +304,7 @@ class Trainer:
                 `resume_changed` does not allow that; nothing is skipped silently.
         """
         ctx, run = self.ctx, self._run
-        if missing := {"progress", "model", "optimizer", "precision", "components", "rng", "manifest"} - set(saved):
+        if missing := set(_PARTS) - set(saved):
             raise DrivetrainError(f"the saved state lacks {', '.join(sorted(missing))}; it was not made by Trainer.state_dict.")
         changes = compare(saved["manifest"], self.manifest)
         self._judge(changes)
@@ -314,12 +323,20 @@ class Trainer:
             for group, chosen in zip(ctx.optimizer.param_groups, options, strict=True):
                 group.update(chosen)  # allowed by `_judge`: the options that this run asks for, not the saved ones
         ctx.precision.load_state_dict(saved["precision"])
-        for name in _COUNTERS:
-            setattr(ctx, name, saved["progress"][name])
-        ctx.seconds = saved["progress"]["seconds"] - (self.elapsed - ctx.seconds)
+        self._load_progress(saved["progress"])
+        if len(saved["unlogged"]) == ctx.strategy.data_ranks:  # else their means are of other samples: the next log begins anew
+            run.loop.load_unlogged(saved["unlogged"][ctx.strategy.data_rank])
         # Opening the data draws random numbers; the model's must go on from where they were when the state was saved.
         run.loop.on_resume = partial(self._restore_rng, saved["rng"])
         self._restored = ctx.resumed = True
+
+    def _load_progress(self, saved: Mapping[str, Any]) -> None:
+        ctx, metrics = self.ctx, saved["metrics"]
+        for name in _COUNTERS:
+            setattr(ctx, name, saved[name])
+        ctx.seconds, ctx.agreed_seconds = saved["seconds"] - (self.elapsed - ctx.seconds), saved["seconds"]
+        ctx.last_logged, ctx.eval_metrics = dict(metrics["logged"]), dict(metrics["eval"])
+        self._run.evaluated_at = saved["evaluated_at"]
 
     def _judge(self, changes: list[Change]) -> None:
         """Refuse what would not fit the run's beginning, unless it is wanted; warn of what may matter."""
