@@ -309,13 +309,14 @@ class Loop:
     def _step_unless(self, veto: Tensor) -> bool:
         """Step the optimizer unless `veto` is not 0; a vetoed step counts and changes nothing.
 
-        A fused optimizer sees to it on the device. Before any other the host reads the value, and waits for it.
+        A fused optimizer sees to it on the device. Before any other, and with a loss scale, the host reads the value and waits.
         """
         ctx, optimizer, precision = self.ctx, self.ctx.optimizer, self.ctx.precision
         ctx.veto = None
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False) and not hasattr(self.parameters[0], "to_local")
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
         if fused and optimizer.state and self._scale is None:  # the very first step makes a state that a veto leaves unfilled
-            optimizer.grad_scale, optimizer.found_inf = None, (veto != 0).float()  # type: ignore[attr-defined]
+            found = (veto if veto.dtype == torch.bool else veto != 0).float()
+            optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
             try:
                 optimizer.step()
             finally:

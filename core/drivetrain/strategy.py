@@ -24,6 +24,7 @@ class Strategy:
     reason = "one process"
     rank = 0
     world_size = 1
+    norms: Tensor | None = None  # from the last `clip` to a limit: the 2-norm of each gradient, or of this process's part of it
     peers: Sequence[Peer] = ()  # every process of the run, known from when they have compared what they were started with
 
     @property
@@ -94,7 +95,7 @@ class Strategy:
             if factor is not None:
                 torch._foreach_mul_(grads, factor)
             return None
-        norm = total_norm(grads)
+        norm, self.norms = total_norm(grads)
         if factor is not None:
             norm = norm * factor
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
@@ -144,9 +145,9 @@ class Strategy:
         """Leave the other processes. Called once, after the run, whatever happened."""
 
 
-def total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together: a scalar on the first one's device, in its type."""
+def total_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The 2-norm of all gradients together, a scalar on the first one's device in its type; and of each, unless types differ."""
     if len({(g.device, g.dtype) for g in grads}) == 1 and not any(g.is_sparse for g in grads):
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2.0)))
-        return norm
-    return torch.nn.utils.get_total_norm(grads)
+        norms = torch.stack(torch._foreach_norm(grads, 2.0))
+        return torch.linalg.vector_norm(norms), norms
+    return torch.nn.utils.get_total_norm(grads), None

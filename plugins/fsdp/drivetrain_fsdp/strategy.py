@@ -158,11 +158,12 @@ class FsdpStrategy(ProcessGroupStrategy):
         parts: dict[int, list[Tensor]] = {}
         for grad in grads:
             parts.setdefault(self._copies(grad), []).append(_local(grad))
-        squares = [
-            torch.stack(torch._foreach_norm(same, 2.0, dtype=torch.promote_types(same[0].dtype, torch.float32))).square().sum()
-            / copies
+        norms = {
+            copies: torch.stack(torch._foreach_norm(same, 2.0, dtype=torch.promote_types(same[0].dtype, torch.float32)))
             for copies, same in parts.items()
-        ]
+        }
+        self.norms = next(iter(norms.values())) if len(norms) == 1 else None  # otherwise not in the order of the gradients
+        squares = [each.square().sum() / copies for copies, each in norms.items()]
         total = torch.stack(squares).sum().to(self.device)
         dist.all_reduce(total)
         return total.sqrt()
