@@ -12,11 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import CallbackContext, ConfigError, Loss, ModelError, OptimizerComponent, Problem, component, option, state
-from drivetrain_sophia.gauss_newton import find_logits, sampled_cross_entropy
+from drivetrain_sophia.gauss_newton import find_logits, next_labels, sampled_cross_entropy, shifts_labels
 from drivetrain_sophia.hutchinson import by_differences, by_double_backward
 from drivetrain_sophia.optimizer import Sophia
 
-__all__ = ["Sophia", "SophiaComponent", "SophiaGComponent", "SophiaHComponent", "find_logits", "sampled_cross_entropy"]
+__all__ = [
+    "Sophia",
+    "SophiaComponent",
+    "SophiaGComponent",
+    "SophiaHComponent",
+    "find_logits",
+    "next_labels",
+    "sampled_cross_entropy",
+    "shifts_labels",
+]
 
 
 def _number(default: Any, help: str, *, least: float = 0, below: float = float("inf")) -> Any:
@@ -82,8 +91,15 @@ class SophiaGComponent(SophiaComponent):
     drawn from the model's own prediction. Each estimate costs a forward and a backward over the step's batch.
 
     The model's outputs must be logits, or have them under "logits" or `.logits`. A mapping batch is given to the model without its
-    "labels" when it returns no logits with them. Positions whose label is -100 do not count.
+    "labels" when it returns no logits with them. Positions whose label is -100 do not count; which logits a label belongs to says
+    `shift`.
     """
+
+    shift: bool | None = option(
+        default=None,
+        help="whether labels[t] is predicted by logits[t - 1], as transformers' causal models have it, or by logits[t]; default: as "
+        "the model says of itself",
+    )
 
     def estimate(self, ctx: CallbackContext) -> list[Tensor | None]:
         """B·ĝ⊙ĝ."""
@@ -98,7 +114,7 @@ class SophiaGComponent(SophiaComponent):
         return sampled_cross_entropy(logits, labels, generator)
 
     def logits_and_labels(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """The model's logits for a batch, with gradient, and the labels (None: every position counts).
+        """The model's logits for a batch, with gradient, and the label that each of them predicts (None: every position counts).
 
         Override it in a subclass for models that are called in another way.
 
@@ -110,6 +126,8 @@ class SophiaGComponent(SophiaComponent):
             logits = find_logits(model(**batch))
             if logits is None and labels is not None:
                 logits = find_logits(model(**{key: value for key, value in batch.items() if key != "labels"}))
+            if labels is not None and (shifts_labels(model) if self.shift is None else self.shift):
+                labels = next_labels(labels)
         else:
             inputs, labels = batch if isinstance(batch, (tuple, list)) and len(batch) == 2 else (batch, None)
             logits = find_logits(model(inputs))

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from drivetrain import Loss, ModelError
 
 IGNORED = -100  # the label of a position that does not count, as in `F.cross_entropy`
 _CHUNK = 1 << 22  # numbers drawn at once
+_CAUSAL = (None, "ForCausalLM", "ForConditionalGeneration")  # the `loss_type`s of transformers that shift
 
 
 def sampled_cross_entropy(logits: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None) -> Loss:
@@ -49,6 +50,23 @@ def find_logits(outputs: Any) -> Tensor | None:
     """The logits in what a model returned: a tensor of two or more dimensions, `["logits"]` or `.logits`; None when there are none."""
     found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     return found if isinstance(found, Tensor) and found.dim() >= 2 and found.is_floating_point() else None
+
+
+def next_labels(labels: Tensor) -> Tensor:
+    """Labels moved to the position that predicts them: [..., t + 1] to [..., t]; the last position predicts nothing (-100)."""
+    return F.pad(labels[..., 1:], (0, 1), value=IGNORED)
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's own loss compares logits[t] with labels[t + 1], as that of transformers' causal language models does.
+
+    Known by what such a model says of itself: its `loss_type`, absent in other models, is that of a causal loss or None (GPT-2),
+    and it is no encoder with a decoder, whose inputs are shifted instead of its labels.
+    """
+    while isinstance(inner := getattr(model, "module", getattr(model, "_orig_mod", None)), nn.Module):
+        model = inner  # DDP's and torch.compile's wrappers
+    encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return not encodes and getattr(model, "loss_type", "none of transformers") in _CAUSAL
 
 
 def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
