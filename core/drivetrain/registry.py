@@ -67,6 +67,8 @@ class Candidate:
         assert self._entry is not None
         try:
             return self._entry.load()
+        except PluginError:  # it says by itself what it lacks
+            raise
         except Exception as error:
             raise PluginError(
                 f"plugin {self} failed to import {self.target}: {type(error).__name__}: {error}. "

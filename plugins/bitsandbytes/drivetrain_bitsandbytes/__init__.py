@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from bitsandbytes import optim
 
 from drivetrain import CallbackContext, component
-from drivetrain_bitsandbytes.base import DECAY_HELP, EPS_HELP, LR_HELP, Optimizer8bit, embeddings, number
+from drivetrain_bitsandbytes.base import DECAY_HELP, EPS_HELP, LR_HELP, Optimizer8bit, embeddings, number, optim
 
 __all__ = [
     "AdEMAMix8bit",

@@ -6,10 +6,17 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
-from bitsandbytes.optim import AdamW8bit, GlobalOptimManager
 from torch import nn
 
-from drivetrain import CallbackContext, ConfigError, OptimizerComponent, Problem, component, option
+from drivetrain import CallbackContext, ConfigError, OptimizerComponent, PluginError, Problem, component, option
+
+try:
+    from bitsandbytes import optim as optim  # for the modules of this package as well
+except Exception as error:  # missing, or its library does not load, for which it has several types
+    raise PluginError(
+        f"the 8-bit optimizers need the package bitsandbytes, which cannot be imported here ({type(error).__name__}: {error}). "
+        "Repair it (pip install --force-reinstall --no-deps bitsandbytes), or use an optimizer with a 32-bit state, such as adamw."
+    ) from error
 
 LR_HELP = "peak learning rate; the schedule multiplies it"
 DECAY_HELP = "decay of the weights it applies to, see `decay`"
@@ -70,7 +77,7 @@ class Optimizer8bit(OptimizerComponent):
             raise ConfigError([Problem(self.path, str(error))]) from error
         # bitsandbytes asks one manager in the process, by id(parameter), which parameters stay in 32 bits; ids are used again
         # when a model is gone, and two runs would meet there. This optimizer gets one of its own.
-        made.mng = GlobalOptimManager.__new__(GlobalOptimManager)
+        made.mng = optim.GlobalOptimManager.__new__(optim.GlobalOptimManager)
         made.mng.initialize()
         if not self.quantize_embeddings:
             made.mng.override_config(list(embeddings(ctx.model)), "optim_bits", 32)
@@ -111,7 +118,7 @@ class Optimizer8bit(OptimizerComponent):
         probe = nn.Parameter(torch.ones(256, device=device))
         probe.grad = torch.ones_like(probe)
         try:
-            AdamW8bit([probe], lr=0.0, min_8bit_size=0).step()  # all of them use the same library
+            optim.AdamW8bit([probe], lr=0.0, min_8bit_size=0).step()  # all of them use the same library
         except Exception as error:  # each backend has its own type for an operation that it lacks
             return f"bitsandbytes does not work on '{device}' here (it says: {error}). Use another optimizer."
         return None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,13 +130,39 @@ def test_each_follows_its_formula_exactly_in_32_bits_and_closely_in_8(name: str,
     assert (wrong - wanted).norm() / moved > 1e-3, "control: the formula without weight decay would be seen"
 
 
-def test_adamw_8bit_is_within_a_thousandth_of_float32_adamw_after_20_steps() -> None:
-    model, reference = matrix(256, 256), matrix(256, 256)
+@pytest.mark.parametrize("size", [(64, 128), (512, 512)])
+def test_adamw_8bit_is_near_float32_adamw_after_20_steps_and_other_settings_are_not(size: tuple[int, int]) -> None:
+    """The weights differ by less than 1e-3 of their norm, as the requirement has it; but in 20 steps they move by 0.6 % of it only.
+
+    So the difference is also measured against the movement, where 8 bits cost 2.6 % (0.015 to 0.027 for other gradients), and other
+    settings are tried, which must be further away. β2 = 0.99 would be 0.3 % away: that the 32-bit state tells, to 1e-4 of the movement.
+    """
+    lr, decay = 1e-3, 0.1
+    model, reference, exact = matrix(*size), matrix(*size), matrix(*size)
+    start = model.weight.detach().double()
     steps = gradients(20, model.weight.detach())
-    ours = run(optimizer(model, "adamw_8bit", lr=1e-3, weight_decay=0.1), model.weight, steps)
-    theirs = run(torch.optim.AdamW(reference.parameters(), lr=1e-3, weight_decay=0.1), reference.weight, steps)
-    assert (ours - theirs).norm() / theirs.norm() < 1e-3
-    assert not torch.equal(ours, theirs)
+    ours = run(optimizer(model, "adamw_8bit", lr=lr, weight_decay=decay), model.weight, steps)
+    in_32 = run(optimizer(exact, "adamw_8bit", lr=lr, weight_decay=decay, min_8bit_size=10**9), exact.weight, steps)
+    theirs = run(torch.optim.AdamW(reference.parameters(), lr=lr, weight_decay=decay), reference.weight, steps)
+    moved = (theirs - start).norm()
+
+    def away(found: Tensor) -> float:
+        return float((found - theirs).norm() / moved)
+
+    def other(**settings: Any) -> float:
+        changed = matrix(*size)
+        made = torch.optim.AdamW(changed.parameters(), **{"lr": lr, "weight_decay": decay, **settings})
+        return away(run(made, changed.weight, steps))
+
+    assert (ours - theirs).norm() / theirs.norm() < 3e-4
+    assert away(ours) < 0.03
+    assert away(in_32) < 1e-4 < 1e-3 < away(ours), "control: 8 bits really are fewer"
+    assert other(betas=(0.8, 0.999)) > 0.1
+    assert other(betas=(0.95, 0.999)) > 0.06
+    assert other(betas=(0.9, 0.9)) > 0.03
+    assert other(lr=1.05 * lr) > 0.04
+    assert other(betas=(0.9, 0.99)) > 2e-3, "told from β2 = 0.999 by the 32-bit state"
+    assert other(weight_decay=0.0) > 2e-3
 
 
 @pytest.mark.parametrize(
@@ -345,3 +375,35 @@ def test_every_name_is_a_described_component(name: str) -> None:
     assert made.kind == "optimizer"
     assert type(made).__name__ in plugin.__all__
     assert re.search(r"(19|20)\d\d|see `", str(type(made).__doc__)), "its source is cited"
+
+
+@pytest.mark.parametrize("broken", ["", "raise RuntimeError('no CUDA library')"])
+def test_without_a_working_bitsandbytes_the_error_says_what_to_repair(tmp_path: Path, broken: str) -> None:
+    """In a process of its own, where a package of that name that fails stands in for a missing or a broken one."""
+    package = tmp_path / "bitsandbytes"
+    package.mkdir()
+    package.joinpath("__init__.py").write_text(broken or "raise ModuleNotFoundError(\"No module named 'bitsandbytes'\")")
+    program = (
+        "from drivetrain import ConfigError, TrainingConfig\n"
+        "try:\n    TrainingConfig(optimizer='adamw_8bit').components()\n"
+        "except ConfigError as error:\n    print(error)"
+    )
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100)
+    assert "optimizer" in done.stdout, done.stderr
+    assert "need the package bitsandbytes" in done.stdout
+    assert ("no CUDA library" if broken else "No module named 'bitsandbytes'") in done.stdout
+    assert "pip install --force-reinstall --no-deps bitsandbytes" in done.stdout
+    assert "uninstall" not in done.stdout
+
+
+def test_without_the_plugin_the_error_says_which_one_to_install() -> None:
+    program = (
+        "from drivetrain import ConfigError, TrainingConfig\n"
+        "try:\n    TrainingConfig(optimizer='adamw_8bit').components()\n"
+        "except ConfigError as error:\n    print(error)"
+    )
+    env = os.environ | {"DRIVETRAIN_PLUGINS": "drivetrain-optimizers"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=100)
+    assert "no plugin named 'adamw_8bit'" in done.stdout, done.stderr
+    assert "pip install drivetrain-bitsandbytes" in done.stdout
