@@ -37,12 +37,10 @@ class Plugins:
         )
         show.add_argument("plugin", metavar="KIND:NAME", help="such as callback:checkpoint; NAME alone when it is unique")
         show.set_defaults(action=_show)
-        check = actions.add_parser(
-            "check", help="the conformance kit on a distribution", description="Check the plugins of a distribution."
-        )
-        check.add_argument("distribution", metavar="DISTRIBUTION", help="such as drivetrain-lion")
-        check.add_argument("--only", metavar="CHECK", action="append", default=[], help="this check alone; may be repeated")
-        check.set_defaults(action=_check)
+        # every word, --help included, goes to the command of drivetrain-testing: no prefix makes one an option of ours
+        check = actions.add_parser("check", help="the conformance kit on a distribution", prefix_chars="\0", add_help=False)
+        check.add_argument("words", nargs="*")
+        check.set_defaults(action=_check, parser=type(parser))
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print the list, the plugin or the checks."""
@@ -191,5 +189,8 @@ def _default(default: Any) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     """Hand over to the command of drivetrain-testing, which is not needed for anything else."""
-    command: Any = find("command", "check").load()
-    return int(command().run(arguments))
+    loaded: Any = find("command", "check").load()
+    command = loaded()
+    parser = arguments.parser(prog="drivetrain plugins check", description=f"{command.help}.".capitalize())
+    command.add_arguments(parser)
+    return int(command.run(parser.parse_args(arguments.words)))

@@ -16,10 +16,11 @@ from drivetrain_testing.harness import (
 )
 from drivetrain_testing.kit import Check, checks_for, conformance
 from drivetrain_testing.processes import GlooStrategy, ProcessError, kill_and_resume, run_processes, spawn_ranks
-from drivetrain_testing.subject import ConformanceError, Subject
+from drivetrain_testing.subject import CheckError, ConformanceError, Subject
 
 __all__ = [
     "Check",
+    "CheckError",
     "ConformanceError",
     "GlooStrategy",
     "PlainSgd",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from attrs import frozen
 
 from drivetrain import PluginError
 from drivetrain.registry import KINDS
-from drivetrain_testing.subject import Subject, kind_of
+from drivetrain_testing.subject import CheckError, ConformanceError, Subject, kind_of
 
 if TYPE_CHECKING:
     import pytest
@@ -21,7 +23,7 @@ CheckFunction = Callable[[Subject], None]
 _CHECKS: dict[str, tuple[tuple[str, ...], CheckFunction]] = {}
 COMPONENTS = ("optimizer", "scheduler", "precision", "strategy", "callback", "tracker", "mode", "model", "dataset")
 ORDINARY = tuple(kind for kind in COMPONENTS if kind != "dataset")  # kinds that take part in every step
-_MODULES = ("options", "metadata", "runs", "steps", "optimizers", "parts", "others")
+_MODULES = ("options", "metadata", "runs", "steps", "optimizers", "parts", "strategies", "others")
 
 
 def check(*kinds: str) -> Callable[[CheckFunction], CheckFunction]:
@@ -36,7 +38,10 @@ def check(*kinds: str) -> Callable[[CheckFunction], CheckFunction]:
 
 @frozen
 class Check:
-    """One check of one plugin; calling it raises `ConformanceError` when the plugin does not pass."""
+    """One check of one plugin.
+
+    Calling it raises `ConformanceError` when the plugin does not pass, and `CheckError` when the check could not find out.
+    """
 
     name: str
     subject: Subject
@@ -46,12 +51,27 @@ class Check:
         joined = _joined()
         try:
             self.function(self.subject)
+        except (ConformanceError, CheckError):
+            raise
+        except Exception as error:
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            raise CheckError(
+                f"{self.subject.name}: {self.name} came to no verdict: {type(error).__name__}: {error}{notes}, at {_place(error)}\n"
+                "  → mend that first: the checks `trains` and `failures_pass_through` are about runs that fail; a plugin that the "
+                "kit's own model or data do not suit gives it some (model=, data=, loss=)"
+            ) from error
         finally:
             if _joined() and not joined:  # a strategy alone in this process: it would keep the group until the process ends
                 torch.distributed.destroy_process_group()
 
     def __str__(self) -> str:
         return f"{self.subject.name}: {self.name}"
+
+
+def _place(error: BaseException) -> str:
+    """The line at which it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "an unknown place"
 
 
 def _joined() -> bool:
@@ -91,7 +111,7 @@ def conformance(
         things: plugins, each as `checks_for` takes it.
         kind: their kind, where it does not show.
         unsupported: checks that the plugin does not pass, with the reason; one that passes after all fails, so that what is
-            said here stays true.
+            said here stays true, and so does one that ends in anything but its own verdict.
         setting: what the checks need, see `Subject`.
     """
     import pytest
@@ -99,19 +119,22 @@ def conformance(
     stated = dict(unsupported or {})
     every = [check for thing in things for check in checks_for(thing, kind, **setting)]
     if unknown := set(stated) - {check.name for check in every}:
-        raise PluginError(f"unsupported names {_unknown(sorted(unknown), {check.name for check in every})}")
+        raise PluginError(f"unsupported names {unknown_check(sorted(unknown), {check.name for check in every})}")
     rows = [
         pytest.param(
             one,
             id=one.name if len(things) == 1 else f"{one.subject.name}-{one.name}",
-            marks=[pytest.mark.xfail(reason=stated[one.name], strict=True)] if one.name in stated else [],
+            marks=[pytest.mark.xfail(reason=stated[one.name], strict=True, raises=ConformanceError)]
+            if one.name in stated
+            else [],
         )
         for one in every
     ]
     return pytest.mark.parametrize("check", rows)
 
 
-def _unknown(names: list[str], known: Iterable[str]) -> str:
+def unknown_check(names: list[str], known: Iterable[str]) -> str:
+    """What to say of names that no check has."""
     near = difflib.get_close_matches(names[0], sorted(known), 1)
     return f"no check: {', '.join(names)}. " + (
         f"Did you mean {near[0]!r}?" if near else f"Checks: {', '.join(sorted(known))}."

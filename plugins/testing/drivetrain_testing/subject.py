@@ -26,6 +26,10 @@ class ConformanceError(AssertionError):
     """A plugin breaks the contract; the message says how, and what to do about it."""
 
 
+class CheckError(AssertionError):
+    """A check came to no verdict, because something of the plugin raised where it must not; `unsupported` does not excuse it."""
+
+
 @attrs.define(eq=False, slots=False)
 class Subject:
     """One plugin with what its checks need.
@@ -121,12 +125,12 @@ class Subject:
         """A copy that no run has touched."""
         return self.cls(**self._options()) if self.is_component else self.thing
 
-    def trainer(self, *callbacks: Any, **given: Any) -> Trainer:
-        """A tiny trainer in which the plugin takes part; other plugins are hidden.
+    def trainer(self, *callbacks: Any, thing: Any = None, **given: Any) -> Trainer:
+        """A tiny trainer in which the plugin, or `thing` in its place, takes part; other plugins are hidden.
 
         Its steps are ordinary ones, that neither log nor evaluate, but for one log at the end of the run.
         """
-        return self._trainer(self.fresh(), callbacks, given)
+        return self._trainer(self.fresh() if thing is None else thing, callbacks, given)
 
     def plain_trainer(self, *callbacks: Any, **given: Any) -> Trainer:
         """The same without the plugin, for the kinds that a run can do without."""

@@ -51,6 +51,19 @@ def where() -> str:
     return "an unknown place"
 
 
+# What a run on the CPU is told that its device is: "cpu" without a number then means the host, as on a machine with a GPU.
+ACCELERATOR = torch.device("cpu", 0)
+_GET_DEVICE = torch.Tensor.device.__get__  # what reading `tensor.device` calls
+
+
+class _Accelerator(TorchFunctionMode):
+    """Tensors say that they are on `ACCELERATOR`."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        return ACCELERATOR if isinstance(found, torch.device) and function == _GET_DEVICE and found.type == "cpu" else found
+
+
 class _Reads(TorchFunctionMode):
     """Notes Python calls that read a tensor's values, except those of an optimizer's host counters."""
 
@@ -58,10 +71,18 @@ class _Reads(TorchFunctionMode):
         self.found, self.host = found, host
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        if name in _READS and args and isinstance(args[0], Tensor) and args[0].data_ptr() not in self.host:
+        name, given = getattr(function, "__name__", ""), kwargs or {}
+        reads = name in _READS or (name == "to" and _to_host(args[1:], given))
+        if reads and args and isinstance(args[0], Tensor) and args[0].data_ptr() not in self.host:
             self.found.append(f"Tensor.{name} at {where()}")
-        return function(*args, **(kwargs or {}))
+        return function(*args, **given)
+
+
+def _to_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether `tensor.to(*args, **kwargs)` copies to the host and waits until the copy is there."""
+    places = [value for value in (*args[:1], kwargs.get("device")) if isinstance(value, (str, torch.device))]
+    waits = not kwargs.get("non_blocking", any(value is True for value in args[1:]))
+    return waits and any(torch.device(place) == torch.device("cpu") for place in places)
 
 
 class _Operations(TorchDispatchMode):
@@ -121,6 +142,31 @@ def _written() -> int:
     return int(dict(line.split(": ") for line in text.splitlines())["wchar"])
 
 
+class _Collectives(TorchDispatchMode):
+    """Notes collectives of torch.distributed, whoever calls them."""
+
+    def __init__(self, found: list[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.namespace in ("c10d", "_c10d_functional"):
+            self.found.append(f"torch.distributed: {operation.__name__.partition('.')[0].strip('_')} at {where()}")
+        return operation(*args, **(kwargs or {}))
+
+
+@contextmanager
+def pretended_group() -> Iterator[None]:
+    """This process is rank 0 of a process group of two, whose collectives return at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class PretendedRanks(Strategy):
     """One process that believes to be rank 0 of two, the other of which always has the same; notes each collective."""
 
@@ -141,6 +187,16 @@ class PretendedRanks(Strategy):
     def barrier(self) -> None:
         self.found.append(f"barrier at {where()}")
 
+    # What sharding strategies gather the shards for.
+
+    def model_state(self, model: torch.nn.Module) -> dict[str, Any]:
+        self.found.append(f"model_state at {where()}")
+        return super().model_state(model)
+
+    def optimizer_state(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        self.found.append(f"optimizer_state at {where()}")
+        return super().optimizer_state(model, optimizer)
+
 
 @component
 class Watch(Callback):
@@ -157,6 +213,14 @@ class Watch(Callback):
         self.found: list[str] = []
         self.calls = 0
         self._open: ExitStack | None = None
+        self._whole = ExitStack()
+
+    @hook(tryfirst=True)
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        """Tell the plugins of a device."""
+        if self.what == "reads":
+            ctx.device = ACCELERATOR
+            self._whole.enter_context(_Accelerator())
 
     @hook(tryfirst=True)
     def on_step_start(self, ctx: CallbackContext) -> None:
@@ -176,6 +240,7 @@ class Watch(Callback):
             assert isinstance(strategy, PretendedRanks)
             before = len(strategy.found)
             self._open.callback(lambda: self.found.extend(strategy.found[before:]))
+            self._open.enter_context(_Collectives(self.found))
 
     @hook(trylast=True)
     def on_step_end(self, ctx: CallbackContext) -> None:
@@ -184,9 +249,11 @@ class Watch(Callback):
             self._open.close()
             self._open = None
 
+    @hook(tryfirst=True)
     def on_run_end(self, ctx: CallbackContext) -> None:
         """Also when the step failed."""
         self.on_step_end(ctx)
+        self._whole.close()
 
     def _count(self, frame: Any, event: str, argument: Any) -> None:
         self.calls += event in ("call", "c_call")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -149,8 +149,39 @@ class MainOnly(Callback):
     """Rank 0 waits for a rank that is not coming."""
 
     def on_run_end(self, ctx: CallbackContext) -> None:
-        if ctx.is_main and ctx.strategy.world_size > 1:
-            raise RuntimeError("a collective that rank 1 does not join")
+        if ctx.is_main:
+            ctx.strategy.barrier()
+
+
+@component
+class Swallows(Callback):
+    """Nobody hears what goes wrong in it."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        with suppress(Exception):
+            ctx.log({"train/x": 1.0})
+
+
+@component
+class Replaces(Callback):
+    """Says something else in place of what went wrong."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        try:
+            ctx.log({"train/x": 1.0})
+        except Exception:
+            error = RuntimeError("sorry")
+        else:
+            return
+        raise error
+
+
+@component
+class FallsApart(Callback):
+    """Takes for granted that the run has logged when it ends."""
+
+    def on_run_end(self, ctx: CallbackContext) -> None:
+        self.last = ctx.eval_metrics["eval/loss"]
 
 
 # -- steps
@@ -162,6 +193,28 @@ class Reads(Callback):
 
     def on_step_end(self, ctx: CallbackContext) -> None:
         assert ctx.loss == ctx.loss
+
+
+@component
+class Moves(Callback):
+    """Copies the loss to the host in every step."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        assert ctx.loss_tensor is not None
+        ctx.log({"train/copy": ctx.loss_tensor.to("cpu")})
+
+
+@component
+class KeepsOnDevice(Callback):
+    """Sound: what it moves goes where it is already."""
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        self.device = next(ctx.model.parameters()).device
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        assert ctx.loss_tensor is not None
+        moved = [ctx.loss_tensor.to(self.device), ctx.loss_tensor.to(ctx.device), ctx.loss_tensor.to(ctx.loss_tensor.device)]
+        ctx.log({"train/copy": torch.stack(moved).mean().to("cpu", non_blocking=True)})
 
 
 @component
@@ -182,6 +235,23 @@ class Collects(Callback):
 
 
 @component
+class Reduces(Callback):
+    """Does so without the strategy, where there is a process group."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(torch.ones(()))
+
+
+@component
+class GathersWeights(Callback):
+    """Asks for all weights in every step, whose parts lie on other ranks."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        ctx.strategy.model_state(ctx.model)
+
+
+@component
 class Busy(Callback):
     """A loop of Python in every step."""
 
@@ -196,6 +266,8 @@ class Busy(Callback):
 class Sgd(torch.optim.Optimizer):
     """Plain SGD with a decay; subclasses break it."""
 
+    refuses_sparse = True
+
     def __init__(self, params: Any, lr: float = 0.05, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
@@ -205,15 +277,14 @@ class Sgd(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, p.grad, group)
+        held = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.refuses_sparse and any(p.grad.is_sparse for p, _ in held):
+            raise RuntimeError("sparse gradients cannot be used")
+        for p, group in held:
+            self.update(p, p.grad, group)
         return loss
 
     def update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        if grad.is_sparse:
-            raise RuntimeError("sparse gradients cannot be used")
         p.mul_(1 - group["lr"] * group["weight_decay"]).add_(grad, alpha=-group["lr"])
 
 
@@ -282,12 +353,29 @@ class _NoClosure(Sgd):
 class _LateRefusal(Sgd):
     """Finds the sparse gradient when the layers before it have moved."""
 
+    refuses_sparse = False
+
+    def update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if grad.is_sparse:
+            raise RuntimeError("sparse gradients cannot be used")
+        super().update(p, grad, group)
+
 
 class _ObscureRefusal(Sgd):
+    refuses_sparse = False
+
     def update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         if grad.is_sparse:
             raise ValueError("no")
         super().update(p, grad, group)
+
+
+class _IgnoresSparse(Sgd):
+    refuses_sparse = False
+
+    def update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        if not grad.is_sparse:
+            super().update(p, grad, group)
 
 
 class _Widens(Sgd):
@@ -312,7 +400,8 @@ def _broken(made: type[torch.optim.Optimizer]) -> type[SoundOptimizer]:
 
 Ascends, Hidden, ByRank, OwnRate = map(_broken, (_Ascends, _Hidden, _ByRank, _OwnRate))
 SqueezesGradient, DecaysIdle, NoClosure = map(_broken, (_SqueezesGradient, _DecaysIdle, _NoClosure))
-LateRefusal, ObscureRefusal, Widens, ReadsLoss = map(_broken, (_LateRefusal, _ObscureRefusal, _Widens, _ReadsLoss))
+LateRefusal, ObscureRefusal, IgnoresSparse = map(_broken, (_LateRefusal, _ObscureRefusal, _IgnoresSparse))
+Widens, ReadsLoss = map(_broken, (_Widens, _ReadsLoss))
 
 
 @component
@@ -421,6 +510,19 @@ class _Prefixed(GlooStrategy):
         return {f"module.{name}": value for name, value in model.state_dict().items()}
 
 
+class _EvenShares(GlooStrategy):
+    def sum(self, value: Tensor) -> Tensor:
+        return value * self.world_size
+
+
+class _OwnFormat(GlooStrategy):
+    def optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        return {"shard": optimizer.state_dict()}
+
+    def load_optimizer_state(self, model: nn.Module, optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+        optimizer.load_state_dict(saved["shard"])
+
+
 class _NoReduce(GlooStrategy):
     def reduce_gradients(self, parameters: Any) -> None: ...
 
@@ -437,6 +539,25 @@ class Prefixed(_StrategyBase):
     """Names that no other strategy knows."""
 
     made = _Prefixed
+
+
+@component
+class EvenShares(_StrategyBase):
+    """Takes for granted that every rank has as much as this one."""
+
+    made = _EvenShares
+
+
+@component
+class OwnFormat(_StrategyBase):
+    """Saves what only it can load."""
+
+    made = _OwnFormat
+
+
+@component
+class SoundStrategy(_StrategyBase):
+    """Data parallelism."""
 
 
 @component

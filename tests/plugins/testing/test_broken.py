@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.plugins.testing import broken
+from tests.plugins.testing import broken, conftest
 
-from drivetrain_testing import ConformanceError, checks_for
+from drivetrain_testing import CheckError, ConformanceError, checks_for, conformance
 
 LAUNCHED = {"environment": {"TOY_RANK": "1"}}
 # What is given to the kit, the check that must fail, what its message says is wrong, and what it says to do.
@@ -22,6 +20,9 @@ CASES: list[tuple[Any, str, str, str, dict[str, Any]]] = [
     (broken.Silent(), "describes_itself", "no docstring", "in one sentence", {}),
     (broken.Misspelt(), "hooks_are_known", "'on_step_ended', which is no hook. Did you mean 'on_step_end'", "hookspecs.py", {}),
     (broken.Fails(), "trains", "ValueError: out of order raised in on_step_end of callback:Fails", "make a run of a small", {}),
+    (broken.Swallows(), "errors_name_the_plugin", "inside on_step_end is hidden: the run goes on", "by their types", {}),
+    (broken.Replaces(), "errors_name_the_plugin", "inside on_step_end comes out as RuntimeError: sorry", "from error", {}),
+    (broken.FallsApart(), "failures_pass_through", "it fails too: KeyError: 'eval/loss'", "look before reading", {}),
     (broken.KeepsSet(), "state_is_plain", "set at components/callback:KeepsSet/seen", "keep only dicts, lists", {}),
     (broken.ForgetsCount(), "resumes_bit_equal", "steps is 4 in one and 8 in the other", "nothing may start it afresh", {}),
     (broken.Hidden(), "resumes_bit_equal", "the run ends otherwise: model", r"fields made with state\(\)", {}),
@@ -34,8 +35,11 @@ CASES: list[tuple[Any, str, str, str, dict[str, Any]]] = [
     (broken.SharesList(), "runs_share_nothing", "changes seen of the class", r"state\(factory=list\)", {}),
     (broken.Reads(), "steps_wait_for_no_device", r"Tensor\.item at testing/broken\.py:\d+", "on_log", {}),
     (broken.ReadsLoss(), "steps_wait_for_no_device", r"Tensor\.item at testing/broken\.py:\d+", "torch.where", {}),
+    (broken.Moves(), "steps_wait_for_no_device", r"Tensor\.to at testing/broken\.py:\d+", "on_log", {}),
     (broken.Writes(), "steps_write_no_file", r"open '/dev/null' at testing/broken\.py:\d+", "ctx.is_main", {}),
     (broken.Collects(), "steps_call_no_collective", r"sum at testing/broken\.py:\d+", "on every rank", {}),
+    (broken.Reduces(), "steps_call_no_collective", r"torch\.distributed: allreduce at testing/broken\.py", "on every rank", {}),
+    (broken.GathersWeights(), "steps_call_no_collective", r"model_state at testing/broken\.py:\d+", "on every rank", {}),
     (broken.Busy(), "steps_cost_few_calls", r"adds 501 calls .* 200 are allowed", "_foreach_", {}),
     (broken.Ascends(), "lowers_the_loss", r"60 steps took the loss from [\d.]+ to", "sign of the update", {}),
     (broken.HoldsFrozen(), "every_parameter_is_in_one_group", "requires_grad = False", "self.parameter_groups", {}),
@@ -59,6 +63,7 @@ CASES: list[tuple[Any, str, str, str, dict[str, Any]]] = [
         "Make the embedding dense",
         {},
     ),
+    (broken.IgnoresSparse(), "sparse_gradients_are_used_or_refused", "stay where they were", "or refuse it", {}),
     (broken.Widens(), "parameters_keep_their_types", "bfloat16 weights become another type", "which keeps the type", {}),
     (broken.Counts(), "schedules_are_pure", "asked twice it says", "keep no counter", {}),
     (broken.Divides(), "schedules_fit_every_length", "a run of 1 steps raises ZeroDivisionError", "can be 0", {}),
@@ -67,6 +72,8 @@ CASES: list[tuple[Any, str, str, str, dict[str, Any]]] = [
     (broken.NeverSkips(), "overflows_are_skipped", "is not skipped", "return False", {}),
     (broken.Alone(), "collectives_agree", "'sum': ", "ProcessGroupStrategy", {}),
     (broken.Prefixed(), "weights_keep_their_names", r"names such as \['module\.0", "without what wrapping adds", {}),
+    (broken.EvenShares(), "partial_windows_are_exact", "two ranks ends .* away", "over all ranks", {}),
+    (broken.OwnFormat(), "states_fit_other_strategies", "does not take a state of two ranks: ", "as one process", {}),
     (broken.NeedsStart(), "trackers_close_in_any_order", "close without start raises AttributeError", "nothing to close", {}),
     (broken.Idle(), "something_is_left_to_train", "none of 1 trainable parameters moves", "requires_grad set", {}),
     (broken.Unseeded(), "models_follow_the_seed", "builds different weights", "seeded for make_model", {}),
@@ -101,39 +108,31 @@ def test_a_broken_plugin_is_caught(thing: Any, name: str, wrong: str, remedy: st
     assert re.search(remedy, advice, re.DOTALL), advice
 
 
-METADATA = "Metadata-Version: 2.4\nName: {name}\nVersion: 1.0\n{more}"
-GOOD = "License-Expression: MIT\nRequires-Dist: drivetrain-core>=0.1,<1\n"
-COMPONENT = '''
-from drivetrain import Callback, component
-@component
-class Thing(Callback):
-    """Does nothing."""
-'''
+def test_what_raises_where_it_must_not_is_named_and_not_excused() -> None:
+    """A check that cannot come to a verdict says so, whatever it is; `unsupported` is for verdicts alone."""
+    for name in ("resumes_bit_equal", "steps_write_no_file", "state_is_plain"):
+        (check,) = [check for check in checks_for(broken.Fails()) if check.name == name]
+        with pytest.raises(
+            CheckError, match=r"callback:Fails: \w+ came to no verdict: ValueError: out of order .*broken\.py:\d+"
+        ):
+            check()
+    (row,) = [row for row in conformance(broken.Fails(), unsupported={"trains": "it fails"}).args[1] if row.id == "trains"]
+    (mark,) = row.marks
+    assert mark.kwargs["raises"] is ConformanceError and not issubclass(CheckError, ConformanceError)
 
 
-@pytest.fixture
-def publish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Install a distribution of one package from texts; gives its component."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    made: list[str] = []
-
-    def add(name: str, more: str = GOOD, code: str = COMPONENT, typed: bool = True, target: str = "Thing") -> Any:
-        package, info = tmp_path / name, tmp_path / f"{name}-1.0.dist-info"
-        package.mkdir()
-        info.mkdir()
-        (package / "__init__.py").write_text(code)
-        if typed:
-            (package / "py.typed").touch()
-        (info / "METADATA").write_text(METADATA.format(name=name, more=more))
-        (info / "entry_points.txt").write_text(f"[drivetrain.callback]\nthing = {name}:{target}\n")
-        made.append(name)
-        return __import__(name).Thing()
-
-    yield add
-    for name in made:
-        sys.modules.pop(name, None)
+def test_sound_plugins_pass() -> None:
+    """The other half of every case above: what the broken ones would be without their mistake."""
+    for thing in (broken.Sound(), broken.KeepsOnDevice(), broken.SoundOptimizer()):
+        for check in checks_for(thing):
+            if check.name not in ("is_registered", "requires_the_core_by_range", "has_a_licence", "is_typed") and (
+                not re.search("killed|ranks|silence|sibling", check.name)  # which start processes, or read metadata
+            ):
+                check()
 
 
+GOOD = conftest.GOOD
+COMPONENT = conftest.COMPONENT
 PUBLISHED: list[tuple[dict[str, Any], str, str, str]] = [
     ({"more": "License-Expression: MIT\n"}, "requires_the_core_by_range", "does not require drivetrain-core", "dependencies"),
     ({"more": GOOD.replace(">=0.1,<1", "==0.1.0")}, "requires_the_core_by_range", "'drivetrain-core==0.1.0'", "with both ends"),
@@ -153,8 +152,10 @@ PUBLISHED: list[tuple[dict[str, Any], str, str, str]] = [
 @pytest.mark.parametrize(("given", "name", "wrong", "remedy"), PUBLISHED)
 def test_a_broken_distribution_is_caught(publish: Any, given: dict[str, Any], name: str, wrong: str, remedy: str) -> None:
     publish("other_plugin")
-    number = PUBLISHED.index((given, name, wrong, remedy))
-    message, _, advice = failure(publish(f"broken_plugin_{number}", **given), name).rpartition("→")
+    importlib.import_module("other_plugin")
+    package = f"broken_plugin_{PUBLISHED.index((given, name, wrong, remedy))}"
+    publish(package, **given)
+    message, _, advice = failure(importlib.import_module(package).Thing(), name).rpartition("→")
     assert wrong in message
     assert re.search(remedy, advice), advice
 

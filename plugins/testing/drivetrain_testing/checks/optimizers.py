@@ -132,7 +132,7 @@ def sparse_gradients_are_used_or_refused(subject: Subject) -> None:
     model = _Table()
     optimizer = _optimizer(subject, model)
     model(torch.tensor([1, 4])).backward()
-    before = _row(model)
+    before, table = _row(model), model.table.weight.detach().clone()
     try:
         optimizer.step()
     except Exception as error:
@@ -147,6 +147,12 @@ def sparse_gradients_are_used_or_refused(subject: Subject) -> None:
             "a sparse gradient is refused when some weights have moved already",
             "look at all gradients before the first update",
         )
+        return
+    subject.require(
+        not torch.equal(model.table.weight.detach()[[1, 4]], table[[1, 4]]),
+        "a sparse gradient is taken without an error, and the rows that it is of stay where they were",
+        "use it (grad.coalesce() has indices and values), or refuse it: raise ModelError before the first update",
+    )
 
 
 @check("optimizer")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import Callback, CallbackContext, Trainer, component, hook
+from drivetrain.components import HOOK_MARK
+from drivetrain.hookspecs import HOOKS
 from drivetrain_testing.harness import Restore, difference, final_state, state_after, tiny_data, weights
 from drivetrain_testing.kit import COMPONENTS, check
 from drivetrain_testing.processes import GlooStrategy, ProcessError, kill_and_resume, spawn_ranks
@@ -38,6 +40,50 @@ def trains(subject: Subject) -> None:
         output.steps == 8,
         f"the run ended after {output.steps} of 8 steps: {output.stop_reason}",
         "a plugin that ends runs must not end one in which it has no reason to: loosen the options given to the kit",
+    )
+
+
+@check(*(kind for kind in COMPONENTS if kind != "tracker"))
+def errors_name_the_plugin(subject: Subject) -> None:
+    """What goes wrong inside one of its hooks ends the run, as what it is, and with the plugin's name."""
+    for name in (name for name in HOOKS if callable(getattr(subject.cls, name, None))):
+        thing, context = subject.fresh(), _FailingContext()
+        _plant(thing, name, context)
+        raised = _raised_by(subject, thing=thing)
+        if not context.read:  # it was not called, or needs nothing that could fail
+            continue
+        if raised is None:
+            subject.fail(
+                f"an error inside {name} is hidden: the run goes on",
+                "catch only the exceptions that you expect, by their types, and not around calls of ctx",
+            )
+        chain = list(_chain(raised))
+        subject.require(
+            any(isinstance(error, _Planted) for error in chain),
+            f"an error inside {name} comes out as {type(raised).__name__}: {raised}",
+            "raise … from error, so that what happened is not lost",
+        )
+        said = "".join(f"{error} {getattr(error, '__notes__', '')}" for error in chain)
+        subject.require(
+            f"raised in {name} of {subject.kind}:" in said,
+            f"an error inside {name} does not say whose it is",
+            "leave plugin_name and origin to the run, which sets them and notes them on every error",
+        )
+
+
+@check(*COMPONENTS)
+def failures_pass_through(subject: Subject) -> None:
+    """A run that something else ends fails with that error alone: hooks of the end expect nothing of the run."""
+    raised = _raised_by(subject, _Fails())
+    if raised is None:
+        subject.fail("a run that fails ends as if it had not", "let exceptions pass")
+    if not isinstance(raised, _Planted):
+        raise raised  # for the kit to report: this run fails in another way
+    others = [note for note in getattr(raised, "__notes__", ()) if note.startswith("after that, ")]
+    subject.require(
+        not others,
+        f"when something else ends the run it fails too: {' '.join(others).removeprefix('after that, ')}",
+        "on_exception and on_run_end come after any step, also before the first log and evaluation: look before reading",
     )
 
 
@@ -155,6 +201,70 @@ def runs_share_nothing(subject: Subject) -> None:
     )
 
 
+class _Planted(Exception):
+    """The error that a check plants."""
+
+
+class _FailingContext:
+    """A context of which nothing can be read."""
+
+    def __init__(self) -> None:
+        self.__dict__["read"] = False
+
+    def __getattr__(self, name: str) -> Any:
+        self.__dict__["read"] = True
+        raise _Planted(f"no {name} today")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__getattr__(name)
+
+
+def _plant(thing: Any, name: str, context: _FailingContext) -> None:
+    """Let a component's hook see a context that fails."""
+    original = getattr(thing, name)
+
+    def planted(ctx: CallbackContext) -> Any:
+        return original(context)
+
+    setattr(planted, HOOK_MARK, getattr(original, HOOK_MARK, {}))
+    setattr(thing, name, planted)
+
+
+def _raised_by(subject: Subject, *callbacks: Callback, thing: Any = None) -> BaseException | None:
+    """What a run fails with, if it does."""
+    try:
+        _busy(subject, *callbacks, thing=thing).train()
+    except Exception as error:
+        return error
+    return None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The errors of which a group of errors consists."""
+    for inner in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+        yield from _leaves(inner)
+    if not isinstance(error, BaseExceptionGroup):
+        yield error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, those of its group, and what they came from."""
+    for one in _leaves(error):
+        current: BaseException | None = one
+        while current is not None:
+            yield current
+            current = current.__cause__ or current.__context__
+
+
+@component
+class _Fails(Callback):
+    """Ends the run in its second step."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if ctx.step == 2:
+            raise _Planted("planted")
+
+
 @component
 class _End(Callback):
     """Keeps the random state of the run's end."""
@@ -165,7 +275,7 @@ class _End(Callback):
 
 
 @component
-class _NoDropout(Callback):
+class NoDropout(Callback):
     """Ranks draw different random numbers; without dropout they compute the same."""
 
     def on_run_start(self, ctx: CallbackContext) -> None:
@@ -174,10 +284,10 @@ class _NoDropout(Callback):
                 module.p = 0.0
 
 
-def _busy(subject: Subject, *callbacks: Callback, plain: bool = False) -> Trainer:
-    """A run with several logs and evaluations."""
+def _busy(subject: Subject, *callbacks: Callback, plain: bool = False, thing: Any = None) -> Trainer:
+    """A run with several logs and evaluations; with `thing` in the plugin's place, if that is given."""
     given = {"log_interval": "2st", "eval_interval": "3st"}
-    return (subject.plain_trainer if plain else subject.trainer)(*callbacks, **given)
+    return subject.plain_trainer(*callbacks, **given) if plain else subject.trainer(*callbacks, thing=thing, **given)
 
 
 def _build(subject: Subject, callbacks: tuple[Any, ...] = ()) -> Trainer:
@@ -187,7 +297,7 @@ def _build(subject: Subject, callbacks: tuple[Any, ...] = ()) -> Trainer:
 def _weights(subject: Subject, batch: int) -> Tensor:
     """The weights after a run in which each process takes microbatches of `batch` samples."""
     with torch.random.fork_rng(devices=[]):
-        trainer = subject.trainer(_NoDropout(), per_device_batch_size=batch, dtype=_dtype(subject), **_strategy(subject))
+        trainer = subject.trainer(NoDropout(), per_device_batch_size=batch, dtype=_dtype(subject), **_strategy(subject))
         trainer.train()
     return weights(trainer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from drivetrain_testing.kit import ORDINARY, check
 from drivetrain_testing.subject import Subject
-from drivetrain_testing.watching import PretendedRanks, Watch
+from drivetrain_testing.watching import PretendedRanks, Watch, pretended_group
 
 _LATER = "do it in on_log or on_evaluate_end, or in on_every with a period of its own"
 
@@ -32,7 +32,8 @@ def steps_write_no_file(subject: Subject) -> None:
 def steps_call_no_collective(subject: Subject) -> None:
     """No rank waits for another, besides what the strategy does for gradients."""
     watch = Watch(what="collectives")
-    subject.trainer(watch, strategy=PretendedRanks(), per_device_batch_size=8).train()
+    with pretended_group():  # so that what asks for a group finds one
+        subject.trainer(watch, strategy=PretendedRanks(), per_device_batch_size=8).train()
     subject.require(not watch.found, f"an ordinary step calls a collective: {_shown(watch.found)}", f"{_LATER}, on every rank")
 
 
