@@ -40,9 +40,9 @@ OPTIONAL = defaultdict(set, {"core": {"numpy"}, "plugins/cli": {"matplotlib"}, "
 
 # The core's modules, lowest first: a module imports only from lines above its own.
 LAYERS = """
-    errors  catalogue  duration  hookspecs  commands
+    errors  catalogue  duration  hookspecs  commands  meetings
     registry  structure  loss  precision  strategy  peers  rng  output  agenda  context
-    cluster
+    cluster  loading
     components  devices  formats  calling  distributed
     config  hooks  optim  tracking
     data  fitting  presets  prepare

@@ -7,23 +7,30 @@ sitting stopped. The samples of a step do not depend on how many ranks share the
 
 from __future__ import annotations
 
-import atexit
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from attrs import frozen
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, default_collate
 
 from drivetrain.config import DataLoaderConfig
 from drivetrain.errors import DataError
+from drivetrain.loading import (
+    Collate,
+    Loader,
+    Plan,
+    SeededDataset,
+    Stream,
+    apart,
+    as_it_is,
+    draws_once,
+    ignore_interrupts,
+    seeded,
+)
 from drivetrain.loss import samples_in
-from drivetrain.rng import isolated, mix, seed_host
-
-Collate = Callable[[list[Any]], Any]
+from drivetrain.rng import isolated, mix
 
 
 class Window(NamedTuple):
@@ -119,10 +126,9 @@ class MapSource(Source):
         self.samples_per_step = self._round * split.accumulation
         used = min(self.size, rounds * self._round)
         self.sample_order = SampleOrder(self.size, used, self.samples_per_step, seed, loader.shuffle)
-        self._fetch = None if collate else direct_fetch(data)
-        self._plan = _Plan(self.size)
-        direct = self._fetch is not None and not loader.num_workers
-        self._loader = None if direct else self._make_loader(data, loader, collate, pin)
+        self._fetch = None if collate or loader.num_workers else direct_fetch(data)
+        self._plan = Plan(self.size)
+        self._loader = None if self._fetch is not None else self._make_loader(data, loader, collate, pin)
 
     def open(self, epoch: int, start: int = 0) -> Iterator[Window]:
         assert self.samples_per_step is not None and self.sample_order is not None
@@ -149,17 +155,20 @@ class MapSource(Source):
             assert self._fetch is not None
             return map(self._fetch, plan)
         self._plan.batches = [(epoch, batch) for batch in plan]
-        return iter(self._loader)
+        batches = iter(self._loader)
+        return batches if self._draws_elsewhere else apart(batches)
 
     def close(self) -> None:
         if self._loader is not None:
             self._loader.close()
 
-    def _make_loader(self, data: Any, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> _Loader:
-        return _Loader(
-            SeededDataset(data, self.seed),
+    def _make_loader(self, data: Any, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> Loader:
+        batches = SeededDataset(data, self.seed, collate or _collate_of(data))
+        self._draws_elsewhere = batches.is_plain or loader.num_workers > 0  # than from this process's generators
+        return Loader(
+            batches,
             batch_sampler=self._plan,
-            collate_fn=collate or default_collate,
+            collate_fn=as_it_is,
             num_workers=loader.num_workers,
             persistent_workers=loader.num_workers > 0,
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
@@ -167,29 +176,6 @@ class MapSource(Source):
             worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # else each epoch's iterator would draw from the global generator
         )
-
-
-class _Loader(DataLoader[Any]):
-    """A loader of ours, whose worker processes end when it is closed, or before the process ends.
-
-    They leave signals to the training process (`ignore_interrupts`). Left to the garbage collector as part of a cycle, or to the end
-    of the process, they would not end: torch no longer tells them once the interpreter is exiting, and multiprocessing waits for them.
-    """
-
-    _started: Any = None  # the newest iterator
-
-    def __iter__(self) -> Any:
-        if self._started is None and self.num_workers:
-            atexit.register(self.close)  # after torch's own, which is registered with its import: so it runs before
-        self._started = super().__iter__()
-        return self._started
-
-    def close(self) -> None:
-        """End the workers now; another iteration starts new ones."""
-        atexit.unregister(self.close)  # it would keep the loader and its data alive as long as the process
-        if self._started is not None and self.num_workers:
-            self._started._shutdown_workers()
-        self._started = self._iterator = None
 
 
 def _too_small(size: int, needed: int) -> str:
@@ -209,8 +195,9 @@ class StreamSource(Source):
     """
 
     def __init__(self, batches: Iterable[Any], split: Split, seed: int) -> None:
-        self.data = self.batches = batches
-        self.split, self.seed = split, seed
+        self.data, self.split, self.seed = batches, split, seed
+        self._draws_once = draws_once(batches)
+        self._loader = batches if self._draws_once else seeded(batches, seed)
         self._divided = isinstance(getattr(batches, "sampler", None), DistributedSampler)
         self._round = 1 if self._divided else split.world_size
         length = _length(batches)
@@ -219,18 +206,23 @@ class StreamSource(Source):
         self.steps_per_epoch = None if length is None else -(-length // (self._round * split.accumulation))
 
     def open(self, epoch: int, start: int = 0) -> Iterator[Window]:
-        for part in ("sampler", "batch_sampler", "dataset"):
-            set_epoch = getattr(getattr(self.batches, part, None), "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
-        # A loader draws its order and its workers' seeds when the iterator starts, many of them from the global generators:
-        # give it seeds of its own, so that the order is the epoch's and the model's random numbers are not disturbed.
+        for thing in (self.data, self._loader):
+            for part in ("sampler", "batch_sampler", "dataset"):
+                set_epoch = getattr(getattr(thing, part, None), "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(epoch)
+        generator = getattr(getattr(self.data, "sampler", None), "generator", None)
+        if isinstance(generator, torch.Generator):  # of the sampler's own: it would give each process another order
+            generator.manual_seed(mix(self.seed, epoch))
+        # Loaders draw from the global generators when an iterator starts, and at each batch: give them seeds of the position, so
+        # that the order is the epoch's and the model's random numbers are not disturbed.
         with isolated(mix(self.seed, epoch)):
-            found = iter(self.batches)
-            first = list(islice(found, 1))
-            for _ in range(start * self.split.accumulation * self._round):
-                first = list(islice(found, 1))
-        return self._windows(chain(first, found))
+            found = iter(self._loader)
+            first = list(islice(found, 1)) if self._draws_once else []
+        batches = chain(first, found if self._draws_once else apart(found, lambda number: mix(self.seed, epoch, number)))
+        for _ in islice(batches, start * self.split.accumulation * self._round):
+            pass
+        return self._windows(batches)
 
     def _windows(self, batches: Iterator[Any]) -> Iterator[Window]:
         size = self.split.accumulation * self._round
@@ -241,8 +233,8 @@ class StreamSource(Source):
             yield Window([batch for batch, _ in mine], [count for _, count in mine], total)
 
     def close(self) -> None:
-        if isinstance(self.batches, _Loader):  # one that was given is its owner's
-            self.batches.close()
+        if isinstance(self._loader, Loader):  # another is its owner's
+            self._loader.close()
 
     def _mine(self, batches: list[Any]) -> tuple[Any, int]:
         index = 0 if self._divided else self.split.rank
@@ -290,82 +282,30 @@ def make_source(
     return MapSource(data, split, seed, loader, collate, pin)
 
 
-def _stream_loader(data: Any, batch_size: int, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> _Loader:
-    stream = data if isinstance(data, IterableDataset) else _Stream(data)
+def _stream_loader(data: Any, batch_size: int, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> DataLoader[Any]:
     workers = min(loader.num_workers, 1)  # more would each yield the whole stream
-    return _Loader(
-        stream,
+    return DataLoader(
+        data if isinstance(data, IterableDataset) else Stream(data),
         batch_size=batch_size,
         drop_last=loader.drop_last,
-        collate_fn=collate or default_collate,
+        collate_fn=collate,
         num_workers=workers,
         prefetch_factor=loader.prefetch_factor if workers else None,
         pin_memory=pin,
-        worker_init_fn=ignore_interrupts,
     )
 
 
 def direct_fetch(data: Any) -> Callable[[torch.Tensor], Any] | None:
-    """A function from indices to a whole batch, for data that offers one: tensors in memory, or a `fetch(indices)` method."""
-    if type(data) is TensorDataset:
-        tensors = data.tensors
-        return lambda indices: tuple(tensor[indices] for tensor in tensors)
-    fetch = getattr(data, "fetch", None)
-    return (lambda indices: fetch(indices.tolist())) if callable(fetch) else None
+    """A function from indices to a whole batch for tensors in memory, in which nothing random can happen."""
+    if type(data) is not TensorDataset:
+        return None
+    tensors = data.tensors
+    return lambda indices: tuple(tensor[indices] for tensor in tensors)
 
 
-class SeededDataset(Dataset[Any]):
-    """A map-style data set whose random state at each sample depends on (seed, epoch, index) alone."""
-
-    def __init__(self, data: Any, seed: int) -> None:
-        self.data, self.seed = data, seed
-        self.plain = type(data) in (list, tuple, TensorDataset)  # nothing random can happen in these
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        if self.plain:
-            return [self.data[index] for _, index in keys]
-        if torch.utils.data.get_worker_info() is not None:
-            return self._fetch(keys)
-        with isolated():  # in the training process the model's random numbers must go on as if nothing had been drawn
-            return self._fetch(keys)
-
-    def _fetch(self, keys: Sequence[tuple[int, int]]) -> list[Any]:
-        if hasattr(self.data, "__getitems__"):  # fetches a whole batch: its random state belongs to the first sample
-            epoch, first = keys[0]
-            seed_host(mix(self.seed, epoch, first))
-            return list(self.data.__getitems__([index for _, index in keys]))
-        samples = []
-        for epoch, index in keys:
-            seed_host(mix(self.seed, epoch, index))
-            samples.append(self.data[index])
-        return samples
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-
-class _Plan:
-    """A batch sampler whose batches are set for each epoch: lists of (epoch, index)."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.batches: list[tuple[int, torch.Tensor]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(epoch, index) for index in batch.tolist()] for epoch, batch in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class _Stream(IterableDataset[Any]):
-    """Any iterable as an iterable data set."""
-
-    def __init__(self, data: Iterable[Any]) -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
+def _collate_of(data: Any) -> Collate | None:
+    """What joins samples; None for data that offers whole batches by a method `fetch(indices)`."""
+    return None if callable(getattr(data, "fetch", None)) else default_collate
 
 
 def _length(batches: Iterable[Any]) -> int | None:
@@ -373,9 +313,3 @@ def _length(batches: Iterable[Any]) -> int | None:
         return len(batches)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
         return None
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C and termination to the training process: it stops the workers when it has saved what it needs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

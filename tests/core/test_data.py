@@ -6,14 +6,16 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
 
 from drivetrain import DataError, Trainer, TrainingConfig
 from drivetrain.config import DataLoaderConfig
@@ -30,7 +32,7 @@ class Augmented:
         return self.n
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = torch.rand(3) + random.random()
+        noise = torch.rand(3) + random.random() + float(numpy.random.rand())
         return torch.full((4,), float(index)) / self.n, noise.sum().reshape(1)
 
 
@@ -170,25 +172,124 @@ def test_fetch_is_preferred() -> None:
     assert windows[2][0]["x"].tolist() == [80, 90]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_same_seed_same_weights(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Done-when 9: bit-equal weights with 0 and 2 workers, augmentation and dropout included."""
+class Together(Augmented):
+    """Fetches the samples of a batch at once, as data sets of Hugging Face do."""
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+class Whole(Augmented):
+    """Makes whole batches."""
+
+    def fetch(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = [self[index] for index in indices]
+        return torch.stack([inputs for inputs, _ in rows]), torch.stack([targets for _, targets in rows])
+
+
+class Flow(IterableDataset[Any]):
+    """Shuffles as well, from the global generator."""
+
+    def __iter__(self) -> Iterator[Any]:
+        data = Augmented()
+        return (data[index] for index in torch.randperm(len(data)).tolist())
+
+
+def collate(rows: list[Any]) -> Any:
+    """Draws for the whole batch, as collators that mask tokens do."""
+    inputs, targets = torch.utils.data.default_collate(rows)
+    return inputs + torch.rand(()), targets
+
+
+def loader_of(data: Any, workers: int, **given: Any) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=4, num_workers=workers, **given)
+
+
+SOURCES: dict[str, Callable[[int], Any]] = {
+    "map": lambda _: Augmented(),
+    "batch": lambda _: Together(),
+    "fetch": lambda _: Whole(),
+    "stream": lambda _: Flow(),
+    "list": lambda _: [(torch.full((4,), index / 23), torch.ones(1)) for index in range(23)],
+    "loader": lambda workers: loader_of(Augmented(), workers, shuffle=True, collate_fn=collate),
+    "loader of a stream": lambda workers: loader_of(Flow(), min(workers, 1)),
+}
+
+
+def trained(source: str, workers: int) -> torch.Tensor:
+    """The weights after two epochs with dropout."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    given = {"max_duration": "2ep", "per_device_batch_size": 4, "standard_callbacks": False}
+    config = TrainingConfig(**given, dataloader={"num_workers": workers})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    data, joined = SOURCES[source](workers), collate if source in ("map", "list") else None
+    Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, data_collator=joined).train()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_same_seed_same_weights_with_and_without_workers(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit-equal, with augmentation, a random collator and dropout; without the seeds of each place they would not be."""
     monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+    torch.manual_seed(0)
+    assert torch.equal(trained(source, 0), trained(source, 2))
 
-    def train(workers: int) -> torch.Tensor:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.Linear(8, 1))
-        config = TrainingConfig(
-            max_duration="2ep",
-            per_device_batch_size=4,
-            dataloader={"num_workers": workers},
-            standard_callbacks=False,
-        )
-        Trainer(model, config, Augmented(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
-        return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    for module in ("data", "loading"):
+        monkeypatch.setattr(f"drivetrain.{module}.isolated", lambda *_: nullcontext())
+    monkeypatch.setattr("drivetrain.loading.seed_host", lambda _: None)
+    assert not torch.equal(trained(source, 0), trained(source, 2))
 
-    assert torch.equal(train(0), train(workers))
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_any_source_leaves_the_models_random_numbers_alone(source: str) -> None:
+    torch.manual_seed(3)
+    data = SOURCES[source](0)
+    before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()
+    epoch_of(data)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_a_loader_with_a_generator_of_its_own_has_the_epochs_order_wherever_it_is_opened() -> None:
+    def loader() -> DataLoader[Any]:
+        return loader_of(list(range(20)), 0, shuffle=True, generator=torch.Generator().manual_seed(9))
+
+    def order(data: Any, epoch: int) -> list[int]:
+        return torch.cat([batch for (batch,) in epoch_of(data, epoch)]).tolist()
+
+    orders, one = [order(loader(), epoch) for epoch in (0, 1)], loader()
+    assert [order(one, 1), order(one, 0)] == orders[::-1]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == list(range(20))
+
+
+class Divided(IterableDataset[int]):
+    """Divided among workers as torch's documentation shows it: by a function that finds the worker's own copy."""
+
+    def __init__(self) -> None:
+        self.start, self.end = 0, 12
+
+    def __iter__(self) -> Iterator[int]:
+        assert get_worker_info().dataset is self
+        return iter(range(self.start, self.end))
+
+
+def divide(worker: int) -> None:
+    data: Any = get_worker_info().dataset
+    data.start, data.end = 6 * worker, 6 * worker + 6
+
+
+def test_the_functions_of_somebodys_workers_find_their_data_set() -> None:
+    loader = DataLoader(Divided(), batch_size=3, num_workers=2, worker_init_fn=divide)
+    assert sorted(torch.cat([batch for (batch,) in epoch_of(loader)]).tolist()) == list(range(12))
+
+
+def test_a_loader_without_batches_gives_samples_as_they_are() -> None:
+    loader = DataLoader(Augmented(), batch_size=None, shuffle=True, num_workers=0)
+    windows = epoch_of(loader, 3)
+    assert [tuple(part.shape) for part in windows[0][0]] == [(4,), (1,)]
+    assert torch.equal(flat(epoch_of(loader, 3, 5)), flat(windows[5:]))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,230 @@
+"""Loaders whose random numbers depend on (seed, epoch, position) alone: not on worker processes, nor on what a model draws meanwhile."""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    IterDataPipe,
+    MapDataPipe,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
+
+from drivetrain.rng import isolated, mix, seed_host
+
+Collate = Callable[[list[Any]], Any]
+_STORED = (list, tuple, TensorDataset)  # in these nothing random can happen
+_END: Any = object()
+
+
+class Loader(DataLoader[Any]):
+    """A loader of ours, whose worker processes end when it is closed, or before the process ends.
+
+    They leave signals to the training process (`ignore_interrupts`). Left to the garbage collector as part of a cycle, or to the end
+    of the process, they would not end: torch no longer tells them once the interpreter is exiting, and multiprocessing waits for them.
+    """
+
+    _started: Any = None  # the newest iterator
+
+    def __iter__(self) -> Any:
+        if self._started is None and self.num_workers:
+            atexit.register(self.close)  # after torch's own, which is registered with its import: so it runs before
+        self._started = super().__iter__()
+        return self._started
+
+    def close(self) -> None:
+        """End the workers now; another iteration starts new ones."""
+        atexit.unregister(self.close)  # it would keep the loader and its data alive as long as the process
+        if self._started is not None and self.num_workers:
+            self._started._shutdown_workers()
+        self._started = self._iterator = None
+
+
+def draws_once(loader: Any) -> bool:
+    """Whether a loader draws no random number after its first batch: stored samples, and torch's own samplers."""
+    return (
+        type(loader) is DataLoader
+        and type(loader.dataset) in _STORED
+        and loader.collate_fn is default_collate
+        and type(loader.batch_sampler) is BatchSampler
+        and type(loader.sampler) in (SequentialSampler, RandomSampler, DistributedSampler)
+    )
+
+
+def seeded(loader: Any, seed: int) -> Any:
+    """A loader of the same batches whose random numbers depend on (seed, epoch, position) alone, with workers and without.
+
+    One of somebody's own class, or of datapipes, which torch divides among workers itself, is given back as it is.
+    """
+    if type(loader) is not DataLoader or isinstance(loader.dataset, (IterDataPipe, MapDataPipe)):
+        return loader
+    data, batched = loader.dataset, loader.batch_sampler is not None
+    given: dict[str, Any]
+    if isinstance(data, IterableDataset):
+        given = {"dataset": _SeededStream(data, seed), "batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        given |= {"collate_fn": loader.collate_fn}  # the workers of the next epoch are new ones that know its number
+    else:
+        keys = _Keys(loader.batch_sampler if batched else loader.sampler, seed, batched)
+        given = {"dataset": SeededDataset(data, seed, loader.collate_fn), "collate_fn": as_it_is}
+        given |= {"batch_sampler": keys} if batched else {"batch_size": None, "sampler": keys}
+        given |= {"persistent_workers": loader.persistent_workers}
+    same = ("num_workers", "prefetch_factor", "pin_memory", "timeout", "multiprocessing_context", "in_order")
+    given |= {name: getattr(loader, name) for name in same}
+    return Loader(worker_init_fn=partial(_begin_worker, loader.worker_init_fn), generator=torch.Generator(), **given)
+
+
+def apart(batches: Iterator[Any], seed_of: Callable[[int], int | None] = lambda _: None) -> Iterator[Any]:
+    """The batches, each made without touching the global generators: those are the model's, and go on as if nothing was drawn."""
+    for number in count():
+        with isolated(seed_of(number)):
+            batch = next(batches, _END)
+        if batch is _END:
+            return
+        yield batch
+
+
+class SeededDataset(Dataset[Any]):
+    """Batches of a map-style data set whose random numbers depend on (seed, epoch, number) alone.
+
+    It is asked with keys (epoch, number, index): the number is the sample's index, or its place in the epoch where the order is
+    somebody else's. `collate` None takes whole batches from the data's `fetch`.
+    """
+
+    def __init__(self, data: Any, seed: int, collate: Collate | None) -> None:
+        self.data, self.seed, self.collate = data, seed, collate
+        self.stored = type(data) in _STORED
+        self.is_plain = self.stored and collate is default_collate
+
+    def __getitems__(self, keys: Sequence[tuple[int, int, Any]]) -> Any:
+        indices = [index for _, _, index in keys]
+        if not self.is_plain:
+            self._seed(keys[0])
+        if self.collate is None:
+            return self.data.fetch(indices)
+        if self.stored:
+            samples = [self.data[index] for index in indices]
+        elif hasattr(self.data, "__getitems__"):  # fetches a whole batch: its random state belongs to the first sample
+            samples = self.data.__getitems__(indices)
+        else:
+            samples = [self._sample(key) for key in keys]
+        return self.collate(samples)
+
+    def __getitem__(self, key: tuple[int, int, Any]) -> Any:
+        sample = self._sample(key)
+        return sample if self.collate is None else self.collate(sample)
+
+    def _sample(self, key: tuple[int, int, Any]) -> Any:
+        self._seed(key)
+        return self.data[key[2]]
+
+    def _seed(self, key: tuple[int, int, Any]) -> None:
+        seed_host(mix(self.seed, key[0], key[1]))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Plan:
+    """A batch sampler whose batches are set for each epoch: lists of keys for `SeededDataset`."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.batches: list[tuple[int, torch.Tensor]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        return ([(epoch, index, index) for index in batch.tolist()] for epoch, batch in self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Keys:
+    """Somebody's sampler, of batches or of samples, as keys for `SeededDataset`."""
+
+    def __init__(self, sampler: Any, seed: int, batched: bool) -> None:
+        self.sampler, self.seed, self.batched, self.epoch = sampler, seed, batched, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        drawn, place = iter(self.sampler), 0
+        for number in count():
+            seed_host(mix(self.seed, self.epoch, -1, number))  # in the training process, which `apart` guards
+            found = next(drawn, _END)
+            if found is _END:
+                return
+            keys = [(self.epoch, n, index) for n, index in enumerate(found if self.batched else [found], place)]
+            place += len(keys)
+            yield keys if self.batched else keys[0]
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class _SeededStream(IterableDataset[Any]):
+    """A stream whose random numbers at each sample depend on (seed, epoch, number) alone, and on which worker divides it."""
+
+    def __init__(self, data: Iterable[Any], seed: int) -> None:
+        self.data, self.seed, self.epoch = data, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        base = mix(self.seed, self.epoch, 0 if worker is None else worker.id)
+        seed_host(base)
+        samples = iter(self.data)
+        for number in count():
+            seed_host(mix(base, number))
+            sample = next(samples, _END)
+            if sample is _END:
+                return
+            yield sample
+
+
+class Stream(IterableDataset[Any]):
+    """Any iterable as an iterable data set."""
+
+    def __init__(self, data: Iterable[Any]) -> None:
+        self.data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+
+def as_it_is(batch: Any) -> Any:
+    """In place of a collate function where the data set has joined the samples."""
+    return batch
+
+
+def _begin_worker(given: Callable[[int], None] | None, worker: int) -> None:
+    """What starts a worker of somebody's loader; the function that was given with it finds its own data set where torch says."""
+    ignore_interrupts(worker)
+    info = get_worker_info()
+    assert info is not None
+    object.__setattr__(info, "dataset", info.dataset.data)  # type: ignore[attr-defined]
+    if given is not None:
+        given(worker)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Leave Ctrl-C and termination to the training process: it stops the workers when it has saved what it needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
