@@ -31,6 +31,7 @@ from drivetrain.rng import full_state, set_full_state
 
 _TINY = 1e-20  # keeps a step without any weight (every target masked) at zero gradient instead of 0/0
 _MOST_SKIPS = 100
+_MOST_LOSSES = 1024  # kept apart
 _NOTHING = nullcontext()
 
 
@@ -372,7 +373,7 @@ class Loop:
     def _remember_loss(self) -> None:
         assert self.ctx.loss_tensor is not None
         self.losses.append(self.ctx.loss_tensor)
-        if len(self.losses) >= 1024:  # logging is rare in this run: keep a sum instead of every value
+        if len(self.losses) >= _MOST_LOSSES:  # logging is rare in this run: keep a sum instead of every value
             self._folded += len(self.losses) - 1
             self.losses = [self._gathered().sum()]
 

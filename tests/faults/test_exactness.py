@@ -140,16 +140,23 @@ class Average(Callback):
 
 @component
 class Order(Callback):
-    """Remembers which samples were in which step."""
+    """Remembers which samples were in which step, what was logged after it and what its evaluation gave."""
 
     def on_run_start(self, ctx: CallbackContext) -> None:
-        self.seen: dict[int, list[int]] = {}
+        self.seen: dict[Any, Any] = {}
 
     def on_step_end(self, ctx: CallbackContext) -> None:
         self.seen[ctx.step] = [int(i) for x, _ in ctx.window for i in x[:, 0]]
 
+    def on_log(self, ctx: CallbackContext) -> None:
+        self.seen["logged", ctx.step] = dict(ctx.metrics)
 
-def sitting(folder: Path, case: Case, at: int | None, *more: Callback) -> tuple[Trainer, dict[int, list[int]]]:
+    @hook(trylast=True)
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        self.seen["evaluated", ctx.step] = dict(ctx.eval_metrics)
+
+
+def sitting(folder: Path, case: Case, at: int | None, *more: Callback) -> tuple[Trainer, dict[Any, Any]]:
     """One process's part of a run: the same call each time, but for when it is interrupted."""
     torch.manual_seed(3)
     model = Net(case.dropout)
@@ -200,14 +207,14 @@ def equal(one: Any, other: Any) -> bool:
 
 
 @cache
-def reference(folder: Path, case: Case) -> tuple[dict[str, Any], dict[int, list[int]]]:
+def reference(folder: Path, case: Case) -> tuple[dict[str, Any], dict[Any, Any]]:
     """The uninterrupted run with the same settings; workers and where others are interrupted do not matter to it."""
     trainer, seen = sitting(folder / "reference" / case.id, case, None)
     return final(trainer), seen
 
 
-def interrupted(folder: Path, case: Case, *more: Callback) -> tuple[dict[str, Any], dict[int, list[int]]]:
-    seen: dict[int, list[int]] = {}
+def interrupted(folder: Path, case: Case, *more: Callback) -> tuple[dict[str, Any], dict[Any, Any]]:
+    seen: dict[Any, Any] = {}
     for at in [*case.stops(), None]:
         trainer, part = sitting(folder, case, at, *more)
         assert trainer.output.completed == (at is None)
@@ -237,6 +244,27 @@ def test_a_part_of_the_grid(kept: Path, tmp_path: Path, case: Case) -> None:
 @pytest.mark.parametrize("case", [case for case in GRID if case not in QUICK], ids=lambda case: case.id)
 def test_the_rest_of_the_grid(kept: Path, tmp_path: Path, case: Case) -> None:
     check(kept, tmp_path, case)
+
+
+@pytest.mark.parametrize("workers", [(0, 2, 0), (2, 0, 2)], ids=str)
+def test_other_numbers_of_workers_in_each_sitting(kept: Path, tmp_path: Path, workers: tuple[int, ...]) -> None:
+    case = Case(True, True, True, 0, 1, "mid-epoch", 2)
+    expected, order = reference(kept, case._replace(resumes=0))
+    seen: dict[Any, Any] = {}
+    for number, at in zip(workers, [*case.stops(), None], strict=True):
+        trainer, part = sitting(tmp_path, case._replace(workers=number), at)
+        seen |= part
+    assert trainer.ctx.resumed and seen == order
+    assert equal(final(trainer), expected)
+
+
+def test_what_is_compared_holds_logs_and_evaluations(kept: Path) -> None:
+    _, seen = reference(kept, Case(True, True, True, 0, 1, "mid-epoch", 0))
+    assert {key for key in seen if isinstance(key, int)} == set(range(1, 22))
+    assert {step for what, step in (key for key in seen if not isinstance(key, int)) if what == "logged"} == set(
+        range(3, 22, 3)
+    )
+    assert ("evaluated", 21) in seen and ("evaluated", 2) in seen
 
 
 def test_the_quick_part_has_every_pair_of_values() -> None:
@@ -289,6 +317,15 @@ class Score(Callback):
         ctx.eval_metrics["eval/score"] = 1 / ctx.step
 
 
+@component
+class Tell(Callback):
+    """Hands a value over for the next log, after the steps that are divisible by three."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if ctx.step % 3 == 0:
+            ctx.log({f"told/{ctx.step}": 0.5})
+
+
 def everything(folder: Path, at: int | None, *more: Callback, optimizer: str = "adamw") -> dict[str, Any]:
     """A sitting with every kind of state there is, and the state at its end. Scaled gradients overflow in its first steps."""
     torch.manual_seed(3)
@@ -297,6 +334,7 @@ def everything(folder: Path, at: int | None, *more: Callback, optimizer: str = "
         max_duration="12st",
         per_device_batch_size=4,
         eval_interval="2st",
+        log_interval="4st",
         precision="fp16",
         optimizer={"use": optimizer, "lr": 0.02},
         scheduler="constant" if optimizer.startswith("schedulefree") else "linear",
@@ -307,17 +345,19 @@ def everything(folder: Path, at: int | None, *more: Callback, optimizer: str = "
         standard_callbacks=False,
     )
     saving = CheckpointCallback(best="eval/score", best_mode="max", keep_last=1)
-    callbacks = [Score(), Interrupt(at=at), Average(), Jitter(), saving, *more]
+    order = Order()
+    callbacks = [Score(), Interrupt(at=at), Average(), Jitter(), Tell(), order, saving, *more]
     trainer = Trainer(Net(True), config, Rows(True), Rows(False), loss=nn.MSELoss(), callbacks=callbacks)
     trainer.train()
     state = trainer.state_dict()
     del state["manifest"], state["progress"]["seconds"]
-    return state
+    return state | {"seen": {key: value for key, value in order.seen.items() if key in (AT + 1, ("logged", 12))}}
 
 
 def items(value: Any, path: tuple[Any, ...] = (), depth: int = 3) -> Iterator[tuple[Any, ...]]:
     """The places of the items of a state: tensors, counters, and whole tables below the third level."""
-    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) and path == ("rng",) else ()
+    by_rank = isinstance(value, list) and path in (("rng",), ("unlogged",))
+    keys = value if isinstance(value, dict) else range(len(value)) if by_rank else ()
     if not keys or len(path) == depth or path[:1] == ("model",) or path == ("optimizer", "state"):
         yield path
         return
@@ -342,6 +382,8 @@ PARTS: list[tuple[Any, ...]] = [
     ("rng", 0, "python"),
     ("rng", 0, "numpy"),
     ("rng", 0, "torch"),
+    ("unlogged", 0, "losses"),
+    ("unlogged", 0, "values"),
     ("components", "callback:Average", "count"),
     ("components", "callback:ema", "averages"),
     ("components", "callback:ema", "updates"),
@@ -351,8 +393,14 @@ PARTS: list[tuple[Any, ...]] = [
     ("components", SAVING, "best_value"),
     ("components", SAVING, "best_step"),
 ]
-WITHOUT_EFFECT_HERE = {
+WITHOUT_EFFECT_HERE = {  # each has its control in test_exact_results.py, where it has one
     ("progress", "tokens"): "the data has no tokens: 0",
+    ("progress", "evaluated_at"): "renewed by each evaluation",
+    ("progress", "metrics", "logged"): "renewed by each log",
+    ("progress", "metrics", "eval"): "renewed by each evaluation",
+    ("unlogged", 0, "grad_norm"): "renewed by each step",
+    ("unlogged", 0, "folded"): "0: fewer than 1024 losses wait for a log",
+    ("unlogged", 0, "consecutive_skips"): "its 100th ends a run",
     ("optimizer", "param_groups"): "AdamW keeps nothing in them; schedule-free optimizers do, below",
     ("components", "callback:ema", "weights"): "None outside of evaluations",
     ("components", STOPPING, "looked_at"): "renewed by each evaluation",
@@ -391,7 +439,9 @@ def test_negative_control_without_a_part_it_is_not(begun: Path, whole: Any, tmp_
 
 
 def test_there_is_a_control_for_every_part(whole: Any) -> None:
-    assert set(items(whole)) == {part for part in PARTS if part[:1] != ("model",) or len(part) == 1} | set(WITHOUT_EFFECT_HERE)
+    assert set(items({key: value for key, value in whole.items() if key != "seen"})) == {
+        part for part in PARTS if part[:1] != ("model",) or len(part) == 1
+    } | set(WITHOUT_EFFECT_HERE)
 
 
 @pytest.mark.parametrize("part", [None, ("optimizer", "param_groups"), ("optimizer", "state")], ids=str)
