@@ -13,11 +13,11 @@ import attrs
 import tomli
 
 from drivetrain.cluster import detect
-from drivetrain.components import Component, make_component
+from drivetrain.components import Component, fields_of, make_component
 from drivetrain.duration import Duration
 from drivetrain.errors import ConfigError, PluginError, Problem
 from drivetrain.formats import read_table, write_table
-from drivetrain.registry import add_file, is_installed
+from drivetrain.registry import add_file, candidates, is_installed
 from drivetrain.structure import structure, unknown_key, unstructure
 
 Spec = Any  # a component's name, a table {use: name, option: value}, or a component object
@@ -49,7 +49,8 @@ def _key(default: Any = None, help: str = "", *, kind: str = "", minimum: float 
 
 @attrs.define(kw_only=True)
 class DataLoaderConfig:
-    """How samples are fetched. None of these changes which samples a step sees, or their augmentation, except `shuffle`."""
+    """How samples are fetched. None of these changes which samples a step sees or their random numbers, but for `shuffle` and
+    `drop_last`."""
 
     num_workers: int = _key(0, "worker processes; 0 fetches in the training process", minimum=0)
     shuffle: bool = _key(True, "a new order in each epoch, fixed by (seed, epoch)")
@@ -168,7 +169,7 @@ class TrainingConfig:
         return config
 
     def origin(self, key: str) -> str:
-        """Where a value came from: "default", "python", a file's name, or "override"; `key` is dotted ("optimizer.lr")."""
+        """Where a value came from: "default", "python", a file's name, "preset NAME", or "override"; `key` is dotted."""
         while key:
             if key in self._origins:
                 return self._origins[key]
@@ -267,7 +268,16 @@ class TrainingConfig:
     def save(self, path: str | Path) -> None:
         """Write the configuration to a file whose suffix names the format; `load_training_config` gives it back.
 
+
+        Raises:
+            ConfigError: for components made in Python of classes that have no name.
         Secrets are not written (see `without_secrets`); whoever loads the file has to give them again, as overrides.
+        made = [(f.name, getattr(self, f.name)) for f in _fields() if f.name != "callbacks"]
+        made += [(f"callbacks[{index}]", thing) for index, thing in enumerate(self.callbacks)]
+        nameless = [(key, v) for key, v in made if isinstance(v, Component) and not is_installed(v.kind, _name_of(v))]
+        if nameless:
+            why = "has no name that a file could hold; give it an entry point, or a Python file named in `plugins`"
+            raise ConfigError([Problem(key, f"{type(thing).__name__} {why}") for key, thing in nameless])
         """
         table = {
             k: False if v is None and f.default is not None else v for f in _fields() for k, v in [(f.name, self._plain(f))]
@@ -405,8 +415,23 @@ def _use(spec: Any) -> str:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Component):
-        return {"use": value.plugin_name.partition(":")[2], **value.options()}
+        defaults = {f.name: f.default for f in fields_of(type(value))}
+        given = value.options().items()  # what is none and not by default is written as false: TOML has no word for it
+        return {"use": _name_of(value), **{k: False if v is None and defaults[k] is not None else v for k, v in given}}
     return unstructure(value)
+
+def _name_of(thing: Component) -> str:
+    """The name by which a file can ask for a component made in Python; its class's where nobody provides it."""
+    cls, known = type(thing), thing.plugin_name.partition(":")[2].partition("#")[0]
+    package = cls.__module__.partition(".")[0]
+    for name, group in candidates(cls.kind).items():
+        for found in group:
+            module, _, target = found.target.partition(":")
+            same = module.partition(".")[0] == package and target == cls.__qualname__  # so loading it imports nothing new
+            if name == known or (same and found.load() is cls):
+                return name
+    return known or cls.__name__
+
 
 
 _HINTS: dict[str, Any] = {}
@@ -429,7 +454,7 @@ def _structured(f: attrs.Attribute[Any], value: Any) -> Any:
         return None
     result = structure(value, wanted, f.name) if not isinstance(value, DataLoaderConfig) else value
     minimum = f.metadata["minimum"]
-    if minimum is not None and isinstance(result, (int, float)) and result < minimum:
+    if minimum is not None and isinstance(result, (int, float)) and not result >= minimum:  # nor is NaN
         raise ConfigError([Problem(f.name, f"must be at least {minimum}, got {result}")])
     if isinstance(result, DataLoaderConfig):
         _check_minimums(result, f.name)
@@ -513,6 +538,10 @@ def _override(table: dict[str, Any], text: str) -> str:
     elif first == "callbacks":
         _override_callback(table, rest, value, key)
     else:
+        if known is not None and not isinstance(known, (str, Mapping)):
+            raise ConfigError(
+                [Problem(key, f"{first} is {known!r} in the file, which has nothing below it; override {first} itself")]
+            )
         known = table.get(first)
         nested = {"use": known} if isinstance(known, str) else dict(known or {})
         _set(nested, rest, value, key)

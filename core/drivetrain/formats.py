@@ -54,7 +54,7 @@ def _loads(suffix: str, text: str) -> Any:
     if suffix == "toml":
         return tomli.loads(text)
     if suffix == "json":
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_constant)
     return _plugin(suffix).loads(text)
 
 
@@ -83,8 +83,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError(f"{name} is not a JSON number")
+    return float(name)  # infinity: JSON has none, so this is how Python and JavaScript write it
 
 
 def to_toml(table: Mapping[str, Any]) -> str:

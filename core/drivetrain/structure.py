@@ -192,7 +192,7 @@ def _is_union(wanted: Any) -> bool:
 def _union(converter: Converter, value: Any, wanted: Any) -> Any:
     """Try each member in the order written; report them all when none fits."""
     members = get_args(wanted)
-    if value is None and type(None) in members:
+    if type(None) in members and (value is None or (value is False and bool not in members)):  # TOML has no word for none
         return None
     said = []
     for member in members:

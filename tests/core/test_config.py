@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from drivetrain import Callback, ConfigError, Duration, TrainingConfig, TrainingMode, component, load_training_config, option
+from drivetrain import (
+    Callback,
+    ConfigError,
+    Duration,
+    TrainingConfig,
+    TrainingMode,
+    component,
+    load_training_config,
+    option,
+    registry,
+)
 from drivetrain.components import make_component
 from drivetrain.formats import read_table, to_toml
 
@@ -60,7 +71,7 @@ def test_all_problems_come_at_once_with_their_places(tmp_path: Path) -> None:
 
 
 def test_a_text_is_never_a_number() -> None:
-    for wrong in ("3e-4", True, [1.0], {}):
+    for wrong in ("3e-4", True, [1.0], {}, float("nan"), -1):
         with pytest.raises(ConfigError):
             TrainingConfig(max_grad_norm=wrong)
     assert TrainingConfig(max_grad_norm=1).max_grad_norm == 1.0
@@ -104,11 +115,17 @@ def test_origins(tmp_path: Path) -> None:
         ("a..b=3", "expected key=value"),
         ("sede=3", "unknown key"),
         ("seed=x", "whole number"),
+        ("seed.x=1", "seed is 1 in the file, which has nothing below it"),
+        ("log_interval.x=1", "log_interval"),
+        ("compile.x=1", "compile is True in the file"),
+        ("dataloader.num_workers.x=1", "'num_workers' is not a table"),
     ],
 )
 def test_bad_overrides(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_training_config(write(tmp_path, ""), [override])
+        load_training_config(
+            write(tmp_path, 'seed = 1\nlog_interval = "5st"\ncompile = true\ndataloader = {num_workers = 2}'), [override]
+        )
 
 
 def test_overrides_reach_into_components(tmp_path: Path) -> None:
@@ -125,21 +142,23 @@ def test_overrides_reach_into_components(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_round_trip_through_a_file(tmp_path: Path, suffix: str) -> None:
     config = TrainingConfig(
-        training_mode="pretraining",
+        training_mode="full_finetune",
         model_name='a "quoted" näme\twith a tab',
         max_duration="2h",
         output_dir="some/where",
-        max_grad_norm=False,
+        log_interval="7st",
         eval_interval=False,
         dataloader={"num_workers": 3},
         resume="never",
+        max_grad_norm=float("inf"),
     )
     path = tmp_path / f"config.{suffix}"
     config.save(path)
     again = load_training_config(path)
     assert again.to_dict() == config.to_dict()
     assert again.model_name == 'a "quoted" näme\twith a tab'
-    assert again.max_grad_norm is None
+    assert again.max_grad_norm == float("inf")
+    assert again.eval_interval is None
 
 
 def test_toml_writer_agrees_with_the_reader() -> None:
@@ -247,6 +266,40 @@ def test_python_and_file_hold_components_to_the_same_types() -> None:
     with pytest.raises(ConfigError) as caught:
         make_component("callback", Example(ratio="1", sizes=[1, "2"], mode=3))
     assert set(problems(caught)) == {"Example.ratio", "Example.sizes[1]", "Example.mode"}
+
+
+@component
+class Named(Callback):
+    """One that an entry point names."""
+
+    ratio: float | None = option(default=0.5, help="none for none")
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_components_made_in_python_go_through_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
+    """Under the names that their distributions give them, used before or not; a class without a name is refused at once."""
+    pytest.importorskip("drivetrain_early_stopping")
+    from drivetrain_early_stopping import EarlyStoppingCallback
+
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "early_stopping,named")
+    entry = metadata.EntryPoint("named", f"{__name__}:Named", "drivetrain.callback")
+    monkeypatch.setitem(
+        registry._FILES, Path(__file__), (registry.Candidate("callback", "named", "x", "1", entry.value, (), entry),)
+    )
+
+    config = TrainingConfig(callbacks=[EarlyStoppingCallback(patience=3), Named(ratio=None)])
+    path = tmp_path / f"config.{suffix}"
+    config.save(path)
+    assert [spec["use"] for spec in read_table(path)["callbacks"]] == ["early_stopping", "named"]
+    config.components()  # as a run does, which gives them names
+    config.save(path)
+    again = load_training_config(path)
+    early, named = again.components().callbacks
+    assert (early.options(), named.options()) == tuple(thing.options() for thing in config.callbacks)
+
+    config.callbacks = [EarlyStoppingCallback(), Example()]
+    with pytest.raises(ConfigError, match=r"callbacks\[1\]: Example has no name that a file could hold"):
+        config.save(path)
 
 
 def test_config_never_names_a_callable(tmp_path: Path) -> None:
