@@ -268,17 +268,17 @@ class TrainingConfig:
     def save(self, path: str | Path) -> None:
         """Write the configuration to a file whose suffix names the format; `load_training_config` gives it back.
 
+        Secrets are not written (see `without_secrets`); whoever loads the file has to give them again, as overrides.
 
         Raises:
             ConfigError: for components made in Python of classes that have no name.
-        Secrets are not written (see `without_secrets`); whoever loads the file has to give them again, as overrides.
+        """
         made = [(f.name, getattr(self, f.name)) for f in _fields() if f.name != "callbacks"]
         made += [(f"callbacks[{index}]", thing) for index, thing in enumerate(self.callbacks)]
         nameless = [(key, v) for key, v in made if isinstance(v, Component) and not is_installed(v.kind, _name_of(v))]
         if nameless:
             why = "has no name that a file could hold; give it an entry point, or a Python file named in `plugins`"
             raise ConfigError([Problem(key, f"{type(thing).__name__} {why}") for key, thing in nameless])
-        """
         table = {
             k: False if v is None and f.default is not None else v for f in _fields() for k, v in [(f.name, self._plain(f))]
         }
@@ -420,6 +420,7 @@ def _plain(value: Any) -> Any:
         return {"use": _name_of(value), **{k: False if v is None and defaults[k] is not None else v for k, v in given}}
     return unstructure(value)
 
+
 def _name_of(thing: Component) -> str:
     """The name by which a file can ask for a component made in Python; its class's where nobody provides it."""
     cls, known = type(thing), thing.plugin_name.partition(":")[2].partition("#")[0]
@@ -431,7 +432,6 @@ def _name_of(thing: Component) -> str:
             if name == known or (same and found.load() is cls):
                 return name
     return known or cls.__name__
-
 
 
 _HINTS: dict[str, Any] = {}
@@ -538,11 +538,11 @@ def _override(table: dict[str, Any], text: str) -> str:
     elif first == "callbacks":
         _override_callback(table, rest, value, key)
     else:
+        known = table.get(first)
         if known is not None and not isinstance(known, (str, Mapping)):
             raise ConfigError(
                 [Problem(key, f"{first} is {known!r} in the file, which has nothing below it; override {first} itself")]
             )
-        known = table.get(first)
         nested = {"use": known} if isinstance(known, str) else dict(known or {})
         _set(nested, rest, value, key)
         table[first] = nested
