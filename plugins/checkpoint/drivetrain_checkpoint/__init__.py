@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from drivetrain_checkpoint.callback import CheckpointCallback as CheckpointCallback
     from drivetrain_checkpoint.errors import CheckpointError as CheckpointError
+    from drivetrain_checkpoint.errors import CheckpointFailure as CheckpointFailure
     from drivetrain_checkpoint.files import Files as Files
     from drivetrain_checkpoint.find import Checkpoint as Checkpoint
     from drivetrain_checkpoint.find import find_checkpoints as find_checkpoints
@@ -24,6 +25,7 @@ _HOME = {
     "Checkpoint": "find",
     "CheckpointCallback": "callback",
     "CheckpointError": "errors",
+    "CheckpointFailure": "errors",
     "Files": "files",
     "Store": "store",
     "Tree": "format",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from drivetrain import Callback, Duration, component, hook, option, state
 from drivetrain_checkpoint.background import InFlight, Work, at_once, in_background
-from drivetrain_checkpoint.errors import CheckpointError
+from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 from drivetrain_checkpoint.files import Files
 from drivetrain_checkpoint.find import find_checkpoints
 from drivetrain_checkpoint.format import Tree, pack
@@ -327,7 +327,7 @@ class CheckpointCallback(Callback):
         newer = [c for c in find_checkpoints(ctx.run_dir) if c.step > ctx.step and c.path not in self.rejected]
         if newer:
             self._lock.release()
-            raise CheckpointError(
+            raise CheckpointFailure(
                 f"{ctx.run_dir} has come further meanwhile, to {newer[0].path.name}: another process was at work. Start again."
             )
         self._store_of(ctx).clean()

@@ -4,7 +4,8 @@
 `state.safetensors` holds all others. `state.json` is the tree itself. What JSON lacks is written as a table with one key that
 begins with "$":
 
-    {"$tensor": [file, name]}                 a tensor; [file, name, dtype, shape] where safetensors lacks the type
+    {"$tensor": [file, name]}                 a tensor; [file, name, dtype, shape] where safetensors lacks the type;
+                                              file is "index.json" when several files have a part of it (`parts`)
     {"$tuple": […]}   {"$dict": [[k, v], …]}  a dict whose keys are not all texts, or one of them begins with "$"
     {"$bytes": base64}   {"$int": hex}   {"$float": the 8 bytes in hex}
 
@@ -19,16 +20,18 @@ import json
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from attrs import define, field, frozen
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from drivetrain_checkpoint.errors import CheckpointError
-from drivetrain_checkpoint.text import MAX_TREE_BYTES, MODEL_FILE, STATE_FILE, TREE_FILE, dump_json, load_json
+from drivetrain_checkpoint.parts import AS_BYTES, NAME_AS_BYTES, NATIVE, Contents, Parts, read_wholes
+from drivetrain_checkpoint.text import INDEX_FILE, MAX_TREE_BYTES, MODEL_FILE, STATE_FILE, TREE_FILE, dump_json, load_json
 
+Path_ = tuple[str | int, ...]  # of a value in a tree: the keys on the way to it
 Tree = Any  # dicts (keys: texts or ints), lists, tuples, numbers, texts, bytes, bools, None and tensors
 
 MAX_DEPTH = 100  # of a tree; deeper ones are mistakes, or attacks on the JSON parser
@@ -36,50 +39,34 @@ _CHUNK = 1 << 24
 _MAX_PLAIN_INT = 1 << 63
 _MAX_NAME = 200
 
-# What every supported release of safetensors reads. Other types are stored as their bytes, with the type in state.json.
-_NATIVE = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_AS_BYTES = {
-    "complex32": torch.complex32,
-    "complex64": torch.complex64,
-    "complex128": torch.complex128,
-    "float8_e4m3fnuz": torch.float8_e4m3fnuz,
-    "float8_e5m2fnuz": torch.float8_e5m2fnuz,
-    "float8_e8m0fnu": torch.float8_e8m0fnu,
-}
 # What reading a hostile file can raise; a RecursionError is a RuntimeError.
 _NO_TREE = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error, SafetensorError)
-_NAME_AS_BYTES = {dtype: name for name, dtype in _AS_BYTES.items()}
 
 
 @frozen
 class Packed:
     """A tree made ready to be written: `tree` is the content of `state.json`, the tensors are still those of the tree."""
 
-    tree: bytes
     tensors: Mapping[str, Mapping[str, Tensor]]
     aliases: Mapping[str, Mapping[str, str]]
+    texts: Mapping[str, bytes]
 
     def files(self) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
         """Each file's name and content, in pieces that are valid until the next one is asked for."""
         for name, tensors in self.tensors.items():
-            yield name, safetensors_stream(tensors, {**self.aliases[name], "format": "pt"})
-        yield TREE_FILE, (self.tree,)
+            yield name, safetensors_stream(tensors, {**self.aliases.get(name, {}), "format": "pt"})
+        for name, text in self.texts.items():
+            yield name, (text,)
+
+
+class Layout(Protocol):
+    """How a run's tensors are divided among its processes."""
+
+    def divided(self, path: Path_, tensor: Tensor) -> tuple[Parts, object] | None:
+        """This process's parts of a tensor of its state, and what other paths share that is the same tensor; None for a whole."""
+
+    def room(self, path: Path_, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, Parts] | None:
+        """An empty tensor as this process has it, and its parts, which are to be filled; None for a whole one."""
 
 
 def pack(tree: Tree) -> Packed:
@@ -88,14 +75,19 @@ def pack(tree: Tree) -> Packed:
     Raises:
         CheckpointError: naming the place of a value that a checkpoint cannot hold.
     """
-    packer = _Packer()
+    return pack_own(tree, None)[0]
+
+
+def pack_own(tree: Tree, layout: Layout | None) -> tuple[Packed, dict[str, Parts]]:
+    """Turn one process's state into files; what is divided is returned by name, for all processes to plan together."""
+    packer = _Packer(layout)
     text = dump_json(packer.node(tree, ()))
     if len(text) > MAX_TREE_BYTES:
         raise CheckpointError(
             f"the state without its tensors takes {len(text)} bytes, more than the {MAX_TREE_BYTES} allowed; "
             "put long lists into tensors"
         )
-    return Packed(text, packer.tensors, packer.aliases)
+    return Packed(packer.tensors, packer.aliases, {TREE_FILE: text}), packer.parts
 
 
 def unpack(directory: Path, files: Iterable[str]) -> Tree:
@@ -105,10 +97,50 @@ def unpack(directory: Path, files: Iterable[str]) -> Tree:
         CheckpointError: when the files do not describe a tree.
         OSError: when a file cannot be read.
     """
+    return outline(directory, files).read()
+
+
+@define
+class Outline:
+    """A checkpoint's tree with a `Stored` in the place of each tensor: found sound, not yet read."""
+
+    contents: Contents
+    tree: Any
+
+    def read(self, layout: Layout | None = None, check: Callable[[str], None] | None = None) -> Tree:
+        """The tree with its tensors: whole ones in host memory, or as `layout` has room for them.
+
+        Args:
+            check: called with the name of each file before anything is read from it.
+
+        Raises:
+            CheckpointError: when a file is not what the others say of it.
+        """
+        filling = _Filling(layout)
+        try:
+            tree = filling.node(self.tree, ())
+            if layout is None and INDEX_FILE not in self.contents.files:
+                read_wholes(self.contents, filling.wanted, check)
+            else:
+                from drivetrain_checkpoint.resharding import read_parts  # torch's planners take long to import
+
+                read_parts(self.contents, filling.wanted, check)
+        except _NO_TREE as error:
+            raise CheckpointError(f"its tensors are not as described: {type(error).__name__}: {error}") from error
+        return tree
+
+
+def outline(directory: Path, files: Iterable[str]) -> Outline:
+    """Look at everything but the tensors' values.
+
+    Raises:
+        CheckpointError: when the files do not describe a tree.
+        OSError: when a file cannot be read.
+    """
     data = (directory / TREE_FILE).read_bytes()
     try:
-        tensors = {name: _read_tensors(directory / name) for name in files if name.endswith(".safetensors")}
-        return _Unpacker(tensors).value(load_json(data), 0)
+        contents = Contents.of(directory, files)
+        return Outline(contents, _Unpacker(contents).value(load_json(data), 0))
     except _NO_TREE as error:
         raise CheckpointError(f"{TREE_FILE} and its tensors are not a state: {type(error).__name__}: {error}") from error
 
@@ -120,8 +152,10 @@ def unpack(directory: Path, files: Iterable[str]) -> Tree:
 class _Packer:
     """Walks a tree once; collects its tensors by file and name."""
 
+    _layout: Layout | None
     tensors: dict[str, dict[str, Tensor]] = field(factory=lambda: {MODEL_FILE: {}, STATE_FILE: {}})
     aliases: dict[str, dict[str, str]] = field(factory=lambda: {MODEL_FILE: {}, STATE_FILE: {}})
+    parts: dict[str, Parts] = field(factory=dict)
     _stored: dict[tuple[Any, ...], list[Any]] = field(factory=dict)
     _taken: dict[str, set[str]] = field(factory=lambda: {MODEL_FILE: set(), STATE_FILE: set()})
 
@@ -165,19 +199,34 @@ class _Packer:
 
     def _reference(self, tensor: Tensor, path: tuple[str | int, ...]) -> list[Any]:
         """Where a tensor is stored. Tensors of a file that are the same memory are stored once and are one when read."""
-        _check_storable(tensor, path)
         file = MODEL_FILE if path[:1] == ("model",) else STATE_FILE
+        if self._layout is not None and (found := self._layout.divided(path, tensor)) is not None:
+            return self._divided(*found, file, path)
+        _check_storable(tensor, path)
         name = self._free_name(file, path[1:] if file == MODEL_FILE else path)
         memory = (file, *_memory(tensor))
         if memory in self._stored:
             self.aliases[file][name] = self._stored[memory][1]  # as safetensors' `save_model` notes a tied weight
             return self._stored[memory]
-        extra = [_NAME_AS_BYTES[tensor.dtype], list(tensor.shape)] if tensor.dtype in _NAME_AS_BYTES else []
+        extra = [NAME_AS_BYTES[tensor.dtype], list(tensor.shape)] if tensor.dtype in NAME_AS_BYTES else []
         reference = [file, name, *extra]
         self.tensors[file][name] = tensor
         if tensor.numel():
             self._stored[memory] = reference
         return reference
+
+    def _divided(self, parts: Parts, same: object, file: str, path: Path_) -> list[Any]:
+        """The same for one of which this process has parts. The names are the same on all processes."""
+        for piece in parts.pieces.values():
+            _check_storable(piece, path)
+        name = self._free_name(file, path[1:] if file == MODEL_FILE else path)
+        memory = (INDEX_FILE, file, id(same))
+        if same is not None and memory in self._stored:
+            return self._stored[memory]
+        name = f"{file.removesuffix('.safetensors')}/{name}"
+        self.parts[name] = parts
+        self._stored[memory] = [INDEX_FILE, name]
+        return self._stored[memory]
 
     def _free_name(self, file: str, path: tuple[str | int, ...]) -> str:
         """The dotted path, or a number where that is taken, too long, or no text that safetensors could hold."""
@@ -203,7 +252,7 @@ def _check_storable(tensor: Tensor, path: tuple[str | int, ...]) -> None:
         why = f"has the layout {tensor.layout}"
     elif tensor.device.type == "meta":
         why = "is on the meta device and has no values"
-    elif tensor.dtype not in _NATIVE and tensor.dtype not in _NAME_AS_BYTES:
+    elif tensor.dtype not in NATIVE and tensor.dtype not in NAME_AS_BYTES:
         why = f"has the type {tensor.dtype}"
     if why:
         raise CheckpointError(
@@ -234,8 +283,8 @@ def safetensors_stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     end = 0
     for name in order:
         tensor = tensors[name]
-        shape = list(tensor.shape) if tensor.dtype in _NATIVE else [tensor.nbytes]
-        header[name] = {"dtype": _NATIVE.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [end, end + tensor.nbytes]}
+        shape = list(tensor.shape) if tensor.dtype in NATIVE else [tensor.nbytes]
+        header[name] = {"dtype": NATIVE.get(tensor.dtype, "U8"), "shape": shape, "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
@@ -245,7 +294,7 @@ def safetensors_stream(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
 
 
 def _width(tensor: Tensor) -> int:
-    return tensor.element_size() if tensor.dtype in _NATIVE else 1
+    return tensor.element_size() if tensor.dtype in NATIVE else 1
 
 
 def _pieces(tensor: Tensor) -> Iterator[memoryview]:
@@ -260,19 +309,20 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
 # -- reading ---------------------------------------------------------------------------------------------------------------
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, whose header the library checks: shapes, offsets and size must agree."""
-    with safe_open(path, framework="pt") as file:
-        # a copy: what the library returns is mapped from the file, and would read it later
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+@frozen
+class Stored:
+    """A tensor of a checkpoint: its name there, and what it is."""
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 @define
 class _Unpacker:
     """Turns JSON values back into a tree. It trusts nothing: whatever is not as `_Packer` writes it raises."""
 
-    tensors: dict[str, dict[str, Tensor]]
-    _seen: dict[tuple[str, str], Tensor] = field(factory=dict)
+    contents: Contents
 
     def value(self, node: Any, depth: int) -> Tree:
         if depth > 2 * MAX_DEPTH:  # a dict or tuple of a tree is two levels of JSON
@@ -303,12 +353,40 @@ class _Unpacker:
         }
         return read[mark](_expect(content, str))
 
-    def _tensor(self, file: str, name: str, dtype: str = "", shape: list[int] | None = None) -> Tensor:
-        if not dtype:
-            return self.tensors[file][name]
-        if (file, name) not in self._seen:
-            self._seen[file, name] = self.tensors[file][name].view(_AS_BYTES[dtype]).reshape(_expect(shape, list))
-        return self._seen[file, name]
+    def _tensor(self, file: str, name: str, dtype: str = "", shape: list[int] | None = None) -> Stored:
+        if dtype:
+            return Stored(*self.contents.typed(file, name, AS_BYTES[dtype], torch.Size(_expect(shape, list))))
+        return Stored(*self.contents.find(file, name))
+
+
+@define
+class _Filling:
+    """Makes room for the tensors of a tree."""
+
+    _layout: Layout | None
+    wanted: dict[str, list[Parts]] = field(factory=dict)
+    _seen: dict[str, Tensor] = field(factory=dict)
+
+    def node(self, value: Any, path: Path_) -> Tree:
+        """The same with an empty tensor for each one that is stored; one that is in several places is one again."""
+        if isinstance(value, Stored):
+            return self._tensor(value, path)
+        if isinstance(value, dict):
+            return {key: self.node(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.node(item, (*path, index)) for index, item in enumerate(value))
+        return value
+
+    def _tensor(self, stored: Stored, path: Path_) -> Tensor:
+        room = None if self._layout is None else self._layout.room(path, stored.shape, stored.dtype)
+        if room is None and stored.name in self._seen:
+            return self._seen[stored.name]
+        if room is None:
+            tensor = torch.empty(stored.shape, dtype=stored.dtype)
+            room = tensor, Parts(stored.shape, stored.dtype, {(0,) * len(stored.shape): tensor})
+            self._seen[stored.name] = tensor
+        self.wanted.setdefault(stored.name, []).append(room[1])
+        return room[0]
 
 
 def _expect(value: Any, wanted: type) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from attrs import define, field
 
-from drivetrain_checkpoint.errors import CheckpointError
+from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 
 try:
     import fcntl
@@ -61,7 +61,7 @@ class RunLock:
             os.pwrite(self._descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
         except OSError as error:
             self._close()
-            raise CheckpointError(f"{self.path}: the run cannot be locked: {error.strerror or error}") from error
+            raise CheckpointFailure(f"{self.path}: the run cannot be locked: {error.strerror or error}") from error
         _held.add(self._key())
 
     def release(self) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from attrs import frozen
 
 from drivetrain_checkpoint.errors import CheckpointError
-from drivetrain_checkpoint.text import MAX_TREE_BYTES, TREE_FILE, dump_json, load_json
+from drivetrain_checkpoint.text import INDEX_FILE, MAX_TREE_BYTES, TREE_FILE, dump_json, load_json
 
 MANIFEST_FILE = "manifest.json"
 FORMAT, VERSION = "drivetrain-checkpoint", 1
@@ -106,9 +106,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{MANIFEST_FILE} cannot be read ({error.strerror or error})") from error
 
 
-def check_files(directory: Path, manifest: Manifest) -> list[str]:
+def check_files(directory: Path, manifest: Manifest, only_sizes: bool = False) -> list[str]:
     """What is wrong with a checkpoint's files; empty when every size and hash is as the manifest says."""
-    return [problem for name, entry in manifest.files.items() if (problem := _problem(directory / name, entry))]
+    found = (check_file(directory / name, entry, only_sizes) for name, entry in manifest.files.items())
+    return [problem for problem in found if problem]
 
 
 def unlisted(directory: Path, manifest: Manifest) -> list[str]:
@@ -116,13 +117,16 @@ def unlisted(directory: Path, manifest: Manifest) -> list[str]:
     return sorted(set(os.listdir(directory)) - {MANIFEST_FILE, *manifest.files})
 
 
-def _problem(path: Path, entry: FileEntry) -> str:
+def check_file(path: Path, entry: FileEntry, only_size: bool = False) -> str:
+    """What is wrong with a file of a checkpoint; an empty text when size and hash are as the manifest says."""
     try:
         size = _regular_size(path)
         if size != entry.size:
             return f"{path.name} has {size} bytes, not {entry.size}"
-        if path.name == TREE_FILE and size > MAX_TREE_BYTES:
+        if path.name in (TREE_FILE, INDEX_FILE) and size > MAX_TREE_BYTES:
             return f"{path.name} has {size} bytes, more than the {MAX_TREE_BYTES} allowed"
+        if only_size:
+            return ""
         with open(path, "rb") as file:
             same = hashlib.file_digest(file, "sha256").hexdigest() == entry.sha256
         return "" if same else f"{path.name} is damaged (its sha256 differs)"

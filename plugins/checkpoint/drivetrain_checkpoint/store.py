@@ -14,31 +14,71 @@ import re
 import secrets
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
-from attrs import define, field, frozen
+from attrs import define, field
 
-from drivetrain_checkpoint.errors import CheckpointError
+from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 from drivetrain_checkpoint.files import Files
 from drivetrain_checkpoint.find import DIRECTORY, find_checkpoints
-from drivetrain_checkpoint.format import Packed, Tree, pack, unpack
-from drivetrain_checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, check_files, read_manifest, unlisted
+from drivetrain_checkpoint.format import Layout, Outline, Packed, Tree, outline, pack
+from drivetrain_checkpoint.manifest import MANIFEST_FILE, FileEntry, Manifest, check_file, check_files, read_manifest, unlisted
 
 # Failures that may be gone a moment later, as on network file systems; a full or read-only disk is not among them.
 _TRANSIENT = {errno.EIO, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ETIMEDOUT, errno.ESTALE}
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}  # another directory was to be named
 _FIRST_PAUSE = 0.2  # seconds before the first retry; each further one waits four times as long
+T = TypeVar("T")
 _TEMPORARY = re.compile(r"\.drivetrain-(saving|removing|probing)-[0-9a-f]{16}")
 
 
-@frozen
+@define
 class Loaded:
-    """A verified checkpoint, read."""
+    """A checkpoint that can be read.
+
+    Attributes:
+        verified: whether the content of every file has been found as the manifest says; if not, a file's is before it is read.
+    """
 
     path: Path
-    step: int
-    tree: Tree
+    manifest: Manifest
+    verified: bool
+    _outline: Outline
+    _tree: Tree = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer updates so far."""
+        return self.manifest.step
+
+    @property
+    def tree(self) -> Tree:
+        """The whole state, in host memory; read when first asked for."""
+        if self._tree is None:
+            self._tree = self.read()
+        return self._tree
+
+    def read(self, layout: Layout | None = None) -> Tree:
+        """The state as one process of `layout` has it: of divided tensors its own parts, nothing else of them is read.
+
+        Raises:
+            CheckpointError: when a file has been damaged meanwhile, or is not what the others say of it.
+        """
+        checked: set[str] = set()
+
+        def check(name: str) -> None:
+            if name in checked:
+                return
+            checked.add(name)
+            if problem := check_file(self.path / name, self.manifest.files[name]):
+                raise CheckpointError(problem)
+
+        with _naming(self.path):
+            return self._outline.read(layout, None if self.verified else check)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Tree:
@@ -78,7 +118,7 @@ def load_newest(run_dir: Path) -> tuple[Loaded | None, dict[Path, str]]:
             rejected[candidate.path] = str(error).removeprefix(f"{candidate.path}: ")
     if rejected and newest is None:
         listed = "".join(f"\n  {path}: {why}" for path, why in rejected.items())
-        raise CheckpointError(
+        raise CheckpointFailure(
             f"{run_dir / DIRECTORY}: none of its checkpoints can be used:{listed}\n"
             "To start afresh, give another run_name or remove them."
         )
@@ -102,27 +142,43 @@ def probe(directory: Path, files: Files) -> None:
         for remove, path in ((files.remove, temporary / MANIFEST_FILE), (files.rmdir, temporary)):
             with suppress(OSError):
                 remove(path)
-        raise CheckpointError(
+        kind = CheckpointError if error.errno in _NOT_ALLOWED else CheckpointFailure
+        raise kind(
             f"{directory}: checkpoints cannot be written here: {error.strerror or error}. "
             "Give another output_dir, or leave the checkpoint callback out."
         ) from error
 
 
-def load_checkpoint(path: Path) -> Loaded:
+def load_checkpoint(path: Path, verified: bool = True) -> Loaded:
+    """Open a checkpoint.
+
+    Args:
+        verified: look now at the content of every file; otherwise at those files that something is read from.
+
+    Raises:
+        CheckpointError: with everything that is wrong with it.
+    """
     if not path.is_dir():
         raise CheckpointError(f"{path}: there is no such checkpoint directory")
-    try:
+    with _naming(path):
         manifest = read_manifest(path)
-        if problems := check_files(path, manifest):
+        if problems := check_files(path, manifest, only_sizes=not verified):
             raise CheckpointError("; ".join(problems))
-        tree = unpack(path, manifest.files)
+        loaded = Loaded(path, manifest, verified, outline(path, manifest.files))
+    if strangers := unlisted(path, manifest):
+        warnings.warn(f"{path}: ignored what is not part of the checkpoint: {', '.join(strangers)}", stacklevel=2)
+    return loaded
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say which checkpoint an error is of."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if strangers := unlisted(path, manifest):
-        warnings.warn(f"{path}: ignored what is not part of the checkpoint: {', '.join(strangers)}", stacklevel=2)
-    return Loaded(path, manifest.step, tree)
 
 
 @define
@@ -152,34 +208,71 @@ class Store:
         """Write a tree that has been packed; after a transient error, again from the start."""
         if type(step) is not int or step < 0:
             raise CheckpointError(f"a checkpoint's step is a whole number of at least 0, got {step!r}")
+        return self._retried(step, lambda: self._transaction(packed, step))
+
+    def _transaction(self, packed: Packed, step: int) -> Path:
+        temporary = self._make_temporary()
+        try:
+            final, stages = self._committing(temporary, step, self._write(temporary, packed))
+            for stage in stages:
+                stage()
+        except BaseException:
+            self.give_up(temporary)
+            raise
+        return final
+
+    # -- a save by several processes ---------------------------------------------------------------------------------------
+
+    def begin(self, step: int) -> Path:
+        """Make the directory into which all processes write their parts; the first process does."""
+        return self._retried(step, self._make_temporary)
+
+    def write_part(self, directory: Path, packed: Packed, step: int) -> dict[str, FileEntry]:
+        """Write one process's files, durably; each again after a transient error."""
+        entries: dict[str, FileEntry] = {}
+        for name, _ in packed.files():
+            entries[name] = self._retried(step, partial(self._write_again, directory / name, packed))
+        return entries
+
+    def _write_again(self, path: Path, packed: Packed) -> FileEntry:
+        return self._write_anew(path, next(chunks for name, chunks in packed.files() if name == path.name))
+
+    def _write_anew(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
+        if path.exists():  # half of it, from the attempt before
+            self.files.remove(path)
+        return self._write_durably(path, chunks)
+
+    def commit(self, directory: Path, step: int, entries: Mapping[str, FileEntry]) -> Path:
+        """Make of what all have written a checkpoint; the first process does, when all are done."""
+        try:
+            final, stages = self._committing(directory, step, entries)
+            for stage in stages:
+                self._retried(step, stage)
+        except BaseException:
+            self.give_up(directory)
+            raise
+        return final
+
+    def give_up(self, directory: Path) -> None:
+        """Remove what has been written of a save, now or at the next one."""
+        if not self._is_removed(directory):
+            self._leftovers.add(directory)
+
+    def _retried(self, step: int, action: Callable[[], T]) -> T:
+        """Do `action`; after a transient error again from the start."""
         for attempt in range(self.retries + 1):
             self._leftovers = {path for path in self._leftovers if not self._is_removed(path)}
             try:
-                return self._transaction(packed, step)
+                return action()
             except OSError as error:
                 if attempt == self.retries or error.errno not in _TRANSIENT:
                     tried = f" ({attempt + 1} attempts)" if attempt else ""
-                    raise CheckpointError(
+                    raise CheckpointFailure(
                         f"{self.root}: the checkpoint of step {step} could not be written: {error.strerror or error}{tried}. "
                         "Older checkpoints are as they were; make room or mend the file system."
                     ) from error
             time.sleep(_FIRST_PAUSE * 4**attempt)
         raise AssertionError("unreachable")
-
-    def _transaction(self, packed: Packed, step: int) -> Path:
-        temporary = self._temporary("saving")
-        try:
-            self._make_root()
-            self.files.mkdir(temporary)
-            self._write(temporary, packed, step)
-            final = self._free_name(step)
-            self.files.rename(temporary, final)
-            self.files.fsync_dir(self.root)
-        except BaseException:
-            if not self._is_removed(temporary):
-                self._leftovers.add(temporary)
-            raise
-        return final
 
     def rotate(self, keep_last: int, keep: Collection[Path] = ()) -> None:
         """Remove all but the `keep_last` newest checkpoints and those in `keep`. A failure is a warning: nothing is lost by it.
@@ -215,12 +308,30 @@ class Store:
 
     # -- steps of a transaction ------------------------------------------------------------------------------------------
 
-    def _write(self, directory: Path, packed: Packed, step: int) -> None:
-        entries = {}
-        for name, chunks in packed.files():
-            entries[name] = self._write_durably(directory / name, chunks)
-        self._write_durably(directory / MANIFEST_FILE, (Manifest(step, entries).to_bytes(),))
-        self.files.fsync_dir(directory)
+    def _make_temporary(self) -> Path:
+        temporary = self._temporary("saving")
+        try:
+            self._make_root()
+            self.files.mkdir(temporary)
+        except BaseException:
+            self.give_up(temporary)
+            raise
+        return temporary
+
+    def _write(self, directory: Path, packed: Packed) -> dict[str, FileEntry]:
+        return {name: self._write_durably(directory / name, chunks) for name, chunks in packed.files()}
+
+    def _committing(
+        self, directory: Path, step: int, entries: Mapping[str, FileEntry]
+    ) -> tuple[Path, list[Callable[[], object]]]:
+        """The name that the checkpoint gets, and what remains to be done for it, one after another."""
+        final, manifest = self._free_name(step), Manifest(step, entries).to_bytes()
+        return final, [
+            lambda: self._write_anew(directory / MANIFEST_FILE, (manifest,)),
+            lambda: self.files.fsync_dir(directory),
+            lambda: self.files.rename(directory, final),
+            lambda: self.files.fsync_dir(self.root),
+        ]
 
     def _write_durably(self, path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
         digest, size = hashlib.sha256(), 0

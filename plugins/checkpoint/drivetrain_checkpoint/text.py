@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 MODEL_FILE, STATE_FILE, TREE_FILE = "model.safetensors", "state.safetensors", "state.json"
-MAX_TREE_BYTES = 1 << 28  # of state.json; bulk data belongs into tensors
+INDEX_FILE = "index.json"  # of tensors that several files have a part of
+MAX_TREE_BYTES = 1 << 28  # of state.json, and of index.json; bulk data belongs into tensors
 
 
 def dump_json(value: Any, indent: int | None = None) -> bytes:

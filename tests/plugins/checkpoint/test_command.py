@@ -64,9 +64,9 @@ def test_inspect_shows_every_tensor_and_value(command, path):
 
 
 def test_inspect_names_types_as_torch_does(command, tmp_path, quick):
-    from drivetrain_checkpoint.format import _NATIVE
+    from drivetrain_checkpoint.format import NATIVE
 
-    tensors = {str(dtype).removeprefix("torch."): torch.zeros(2, dtype=dtype) for dtype in _NATIVE}
+    tensors = {str(dtype).removeprefix("torch."): torch.zeros(2, dtype=dtype) for dtype in NATIVE}
     _, lines = command("inspect", write_checkpoint(tmp_path, tensors, 1, quick))
     shown = dict(line.split()[:2] for line in lines[5:])
     assert {name: kind for name, kind in shown.items() if name in tensors} == {name: name for name in tensors}
