@@ -58,8 +58,8 @@ def _list(arguments: argparse.Namespace) -> None:
     if not found:
         print(f"no plugin{f' of the kind {arguments.kind}' if arguments.kind else ''} is installed", file=sys.stderr)
         return
-    rows = [(clean(c.name), c.kind, clean(c.distribution), clean(c.version), word) for c, word, _ in found]
-    head, *lines = columns([("NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS"), *rows])
+    rows = [(clean(c.name), c.kind, clean(c.distribution), clean(c.version), word, clean(c.target)) for c, word, _ in found]
+    head, *lines = columns([("NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "ORIGIN"), *rows])
     print(bold(head, sys.stdout), *lines, sep="\n")
     if remarks := dict.fromkeys(clean(text) for _, _, text in found if text):
         print("", *remarks, sep="\n")
@@ -87,7 +87,9 @@ def _status(candidate: Candidate, group: list[Candidate]) -> tuple[str, str]:
 
 
 def _as_data(candidate: Candidate) -> dict[str, str]:
-    return {name: getattr(candidate, name) for name in ("name", "kind", "distribution", "version", "target")}
+    return {name: getattr(candidate, name) for name in ("name", "kind", "distribution", "version")} | {
+        "origin": candidate.target
+    }
 
 
 # -- show ----------------------------------------------------------------------------------------------------------------

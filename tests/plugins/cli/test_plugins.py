@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -15,8 +18,8 @@ from drivetrain_cli.plugins import _hooks, _type
 class TestList:
     def test_columns(self, drivetrain: Any) -> None:
         head, *lines = drivetrain("plugins", "list").out.splitlines()
-        assert head.split() == ["NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS"]
-        assert ["boom", "callback", "toy", "1.0", "ok"] in [line.split() for line in lines]
+        assert head.split() == ["NAME", "KIND", "DISTRIBUTION", "VERSION", "STATUS", "ORIGIN"]
+        assert ["boom", "callback", "toy", "1.0", "ok", "toy_plugin:Boom"] in [line.split() for line in lines]
         assert {line.index(line.split()[1]) for line in lines} == {head.index("KIND")}
 
     def test_imports_no_plugin(self, drivetrain: Any) -> None:
@@ -36,7 +39,7 @@ class TestList:
 
     def test_json(self, drivetrain: Any) -> None:
         found = json.loads(drivetrain("plugins", "list", "--kind", "model", "--json").out)
-        expected = {"name": "line", "kind": "model", "distribution": "toy", "version": "1.0", "target": "toy_plugin:Line"}
+        expected = {"name": "line", "kind": "model", "distribution": "toy", "version": "1.0", "origin": "toy_plugin:Line"}
         assert found == [expected | {"status": "ok", "remark": ""}]
         assert json.loads(drivetrain("plugins", "list", "--kind", "tracker", "--json").out) == []
 
@@ -46,9 +49,9 @@ class TestList:
         install("future", "[drivetrain.model]\ncurve = future:Curve\n", requires="drivetrain-core>=99")
         said = drivetrain("plugins", "list", "--kind", "model").out
         assert [line.split(maxsplit=4) for line in said.splitlines()[1:4]] == [
-            ["curve", "model", "future", "1.0", "incompatible core"],
-            ["line", "model", "rival", "1.0", "conflict"],
-            ["line", "model", "toy", "1.0", "conflict"],
+            ["curve", "model", "future", "1.0", "incompatible core  future:Curve"],
+            ["line", "model", "rival", "1.0", "conflict           other:Line"],
+            ["line", "model", "toy", "1.0", "conflict           toy_plugin:Line"],
         ]
         incompatible, conflict = said.splitlines()[5:]  # each said once
         assert incompatible.startswith("plugin model:curve (future 1.0) needs drivetrain-core>=99, but")
@@ -146,6 +149,24 @@ class TestCheck:
         monkeypatch.setattr("toy_plugin.Greet.run", lambda self, arguments: len(arguments.distribution), raising=False)
         install("kit", "[drivetrain.command]\ncheck = toy_plugin:Greet\n")
         assert drivetrain("plugins", "check", "toy").code == 3
+        assert drivetrain("plugins", "check", "--help").code == 0
+        assert "error: unrecognized arguments: --only" in drivetrain("plugins", "check", "toy", "--only", "trains").err
+
+    def test_the_real_program_runs_the_real_kit(self, site: Path) -> None:
+        """In a process of its own; the exit code is what a CI looks at."""
+        command = [sys.executable, "-m", "drivetrain_cli", "plugins", "check"]
+        environment = os.environ | {"DRIVETRAIN_PLUGINS": "toy,drivetrain-cli,drivetrain-testing"}
+
+        def run(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run([*command, *words], capture_output=True, text=True, env=environment, cwd=site)
+
+        said = run("toy", "--plugin", "callback:boom", "--only", "options_survive", "--only", "has_a_licence")
+        assert (said.returncode, said.stderr) == (1, "")
+        assert "  passed   callback:boom: options_survive\n" in said.stdout
+        assert "  FAILED   callback:boom: has_a_licence\n" in said.stdout
+        assert said.stdout.endswith("toy: 1 failed\n")
+        said = run("drivetrain-testing", "--only", "commands_can_run")
+        assert (said.returncode, said.stdout.splitlines()[-1]) == (0, "drivetrain-testing: all checks passed (1)")
 
 
 class TestShowOrder:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from drivetrain import DrivetrainError, PluginError
+from drivetrain import PluginError
 from drivetrain_testing import Check, conformance
 from drivetrain_testing.command import CheckCommand
 
@@ -65,16 +65,15 @@ def test_options_that_must_be_given_are_asked_for(publish: Any, capsys: pytest.C
 
 def test_a_check_that_no_plugin_has_is_refused(publish: Any) -> None:
     publish("misspelt_check")
-    with pytest.raises(PluginError, match="no check: train. Did you mean 'trains'"):
+    with pytest.raises(PluginError, match=r"no check: train\. Did you mean 'trains'"):
         check("misspelt_check", "--only", "train")
     with pytest.raises(PluginError, match="no check: train"):
         check("misspelt_check", "--unsupported", "train=it never does")
-    with pytest.raises(PluginError, match="has no plugin callback:others. It has: callback:thing"):
+    with pytest.raises(PluginError, match=r"has no plugin callback:others\. It has: callback:thing"):
         check("misspelt_check", "--plugin", "callback:others")
     with pytest.raises(PluginError, match="is no installed distribution"):
         check("not_there")
-    with pytest.raises(DrivetrainError, match="write NAME=VALUE"):
-        check("misspelt_check", "--option", "floor")
+    assert check("misspelt_check", "--option", "floor") == 1
 
 
 def test_what_is_unsupported_must_fail_by_its_own_verdict(publish: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,7 +99,9 @@ def test_launchers_are_shown_their_environment(publish: Any, capsys: pytest.Capt
     assert check("launcher", "--only", "launchers_are_read", "--environment", "TOY_RANK=1") == 0
 
 
-def test_plugins_get_a_model_and_data_that_suit_them(publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_get_a_model_and_data_that_suit_them(
+    publish: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "wide.py").write_text(
         "import torch\nfrom torch import nn\n"
@@ -110,5 +111,5 @@ def test_plugins_get_a_model_and_data_that_suit_them(publish: Any, tmp_path: Pat
     publish("wide_data", code=CALLBACK)
     given = ["--option", "floor=-1.0", "--only", "trains", "--model", "wide:model", "--data", "wide:data"]
     assert check("wide_data", *given, "--loss", "torch.nn.functional:mse_loss") == 0
-    with pytest.raises(AssertionError):
-        assert check("wide_data", *given, "--loss", "torch.nn.functional:no_loss") == 0
+    assert check("wide_data", *given, "--loss", "torch.nn.functional:no_loss") == 1
+    assert "no_loss" in capsys.readouterr().out
