@@ -24,6 +24,8 @@ class _Item:
             self.period, self.unit = ctx.run_length * period.value / 100, ctx.run_unit
         if self.unit == "ep" and ctx.steps_per_epoch is not None:
             self.period, self.unit = max(1.0, period.value * ctx.steps_per_epoch), "st"
+        # ranks have clocks and, where the run's length does not need the sum, counts of tokens of their own: rank 0's decide
+        self.of_rank_0 = self.unit == "s" or (self.unit == "tok" and ctx.run_unit != "tok")
         self.plan(ctx)
 
     def plan(self, ctx: CallbackContext) -> None:
@@ -42,6 +44,8 @@ class Agenda:
     def __init__(self, ctx: CallbackContext) -> None:
         self._ctx = ctx
         self._items: list[_Item] = []
+        self._timed: list[_Item] = []
+        self._counted: list[_Item] = []
         self.next_step = NEVER  # before this step nothing can be due
 
     def add(self, period: Duration, action: Callable[[], None], *, at_end: bool = False) -> None:
@@ -54,17 +58,28 @@ class Agenda:
             item.plan(self._ctx)
         self._set_next_step()
 
-    def run(self, ended: Callable[[], bool]) -> None:
-        """Carry out what is due."""
+    def is_due(self) -> bool:
+        """Whether something is due by what all ranks count alike."""
+        return self._ctx.step >= self.next_step or any(item.due(self._ctx) for item in self._counted)
+
+    def is_late(self) -> bool:
+        """Whether something is due by this process's own clock or count of tokens, of which rank 0's decide."""
+        ctx = self._ctx
+        if ctx.strategy.rank != 0:
+            return False
+        ended = ctx.run_unit == "s" and ctx.elapsed >= ctx.run_length
+        return ended or any((ctx.elapsed if i.unit == "s" else ctx.tokens) >= i.next - 1e-9 for i in self._timed)
+
+    def run(self, met: bool, ended: Callable[[], bool]) -> None:
+        """Carry out what is due; where all have `met`, by rank 0's clock as well."""
         for item in self._items:
-            if item.due(self._ctx) or (item.at_end and ended()):
+            if (item.due(self._ctx) and (met or not item.of_rank_0)) or (item.at_end and ended()):
                 item.plan(self._ctx)
                 item.action()
         self._set_next_step()
 
     def _set_next_step(self) -> None:
-        """The first step to look again: known ahead for periods in steps, the next one for all others."""
-        step = self._ctx.step
-        self.next_step = min(
-            (math.ceil(item.next - 1e-9) if item.unit == "st" else step + 1 for item in self._items), default=NEVER
-        )
+        """The first step at which something counted in steps is due, and what has to be asked after each step instead."""
+        self.next_step = min((math.ceil(item.next - 1e-9) for item in self._items if item.unit == "st"), default=NEVER)
+        self._timed = [item for item in self._items if item.of_rank_0]
+        self._counted = [item for item in self._items if item.unit != "st" and not item.of_rank_0]

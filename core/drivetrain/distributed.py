@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+import itertools
 import os
 import pickle
 import tempfile
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from drivetrain.cluster import Cluster, detect
 from drivetrain.errors import ConfigError, Problem
-from drivetrain.peers import Blame, Peer, summary, thread_state
+from drivetrain.meetings import Meetings
+from drivetrain.peers import Blame, Peer, hopeless, summary, thread_state
 from drivetrain.strategy import Strategy
 
 T = TypeVar("T")
@@ -41,6 +43,8 @@ class ProcessGroupStrategy(Strategy):
         self.setup_timeout = timedelta(seconds=max(timeout, setup_timeout))
         self.cluster = Cluster("none")
         self._blame: Blame | None = None
+        self._meetings: Meetings | None = None
+        self._sittings = itertools.count()
 
     def setup(self, device: torch.device) -> None:
         """Join the process group, unless the caller has made one.
@@ -122,8 +126,20 @@ class ProcessGroupStrategy(Strategy):
     def barrier(self) -> None:
         dist.barrier()
 
+    def meet(self, wanted: bool) -> bool:
+        if self._blame is None:
+            return wanted
+        if self._meetings is None:
+            store = dist.PrefixStore(f"meetings/{next(self._sittings)}", self._blame.store)  # type: ignore[attr-defined]
+            patience = self.timeout.total_seconds()
+            self._meetings = Meetings(store, self.rank, self.world_size, lambda: hopeless(self.peers), patience)
+        return self._meetings.after_step(wanted)
+
     def teardown(self) -> None:
         """Keep the process group: a second sitting, or an evaluation, needs it. It ends with the process."""
+        if self._meetings is not None:
+            self._meetings.leave()
+            self._meetings = None
 
 
 def _unpickled(part: Tensor) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from attrs import frozen
+from attrs import field, frozen, validators
 
 _SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _NAMES = {
@@ -25,7 +25,7 @@ class Duration:
     "s" (seconds of wall time; "min", "h" and "d" are converted) or "%" (of the whole run)."""
 
     value: float
-    unit: str
+    unit: str = field(validator=validators.in_(_NAMES))
 
     @classmethod
     def parse(cls, text: Duration | str) -> Duration:

@@ -23,7 +23,7 @@ from drivetrain.agenda import Agenda
 from drivetrain.calling import LossFunction, ModelCall, StepFunction
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
-from drivetrain.errors import DataError, ModelError
+from drivetrain.errors import DataError, ModelError, RunError
 from drivetrain.hooks import Events
 from drivetrain.loss import Loss, checked, tokens_in
 from drivetrain.output import Step
@@ -32,6 +32,7 @@ from drivetrain.rng import full_state, set_full_state
 _TINY = 1e-20  # keeps a step without any weight (every target masked) at zero gradient instead of 0/0
 _MOST_SKIPS = 100
 _MOST_LOSSES = 1024  # kept apart
+_SPLIT = 4096  # tokens travel as two numbers, whose sums fp32 holds exactly
 _NOTHING = nullcontext()
 
 
@@ -59,6 +60,8 @@ class Loop:
         self._no_sync: AbstractContextManager[Any] | None = ctx.strategy.no_sync(ctx.model)
         self._scale = ctx.precision.scale if ctx.precision.scales else None
         self._consecutive_skips = 0
+        self._tokens: Tensor | None = None  # of all ranks in this step, when they have travelled with its weight
+        self._tokens_matter = ctx.run_unit == "tok" and ctx.strategy.data_ranks > 1
         for group in ctx.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
 
@@ -70,7 +73,9 @@ class Loop:
                 on.epoch_start(ctx)
             start, complete = (ctx.epoch, ctx.step_in_epoch), True
             for window in self._windows():
-                if self.step(window):
+                if not self.step(window):
+                    self._after_step(False)
+                else:
                     if not settled:
                         ctx.strategy.settled()
                         settled = True
@@ -78,8 +83,7 @@ class Loop:
                         on.step_end(ctx)
                     assert ctx.loss_tensor is not None
                     done = Step(ctx.step, ctx.epoch, ctx.loss_tensor)
-                    if ctx.step >= self.agenda.next_step or self.reached_end():
-                        self._run_agenda()
+                    self._after_step(True)
                     yield done
                 if self.over() or self.on_resume is not None:  # the end, or a way back, for which the data is opened anew
                     complete = self.on_resume is None and ctx.step_in_epoch == ctx.steps_per_epoch
@@ -87,23 +91,35 @@ class Loop:
             if complete:
                 self._end_epoch(start)
 
-    def _run_agenda(self) -> None:
-        began = time.perf_counter()
-        self.agenda.run(self.reached_end)
-        if self.ctx.strategy.world_size > 1:
-            self._agree()
-        self.ctx.paused += time.perf_counter() - began
+    def _after_step(self, counted: bool) -> None:
+        """Whatever is due; a stop or a time that only one rank knows of brings all together first, after the same step."""
+        met = self.ctx.strategy.meet(self.ctx.stop_wanted is not None or self.agenda.is_late())
+        if met or (counted and (self.agenda.is_due() or self.reached_end())):
+            self._run_agenda(met)
 
-    def _agree(self) -> None:
-        """Let all ranks know whether one of them wants to stop, and what time it is for all of them."""
-        ctx = self.ctx
-        clock = ctx.elapsed if ctx.strategy.rank == 0 else 0.0
-        mine = [float(ctx.stop_wanted is not None), float(ctx.interrupted), clock]
-        # fp32 holds seconds to a microsecond for a minute, to 0.1 s for a month: what counts is that all ranks see the same
-        wanted, interrupted, ctx.agreed_seconds = ctx.strategy.sum(torch.tensor(mine, device=ctx.device)).tolist()
-        ctx.interrupted = bool(interrupted)
+    def _run_agenda(self, met: bool) -> None:
+        began, ctx = time.perf_counter(), self.ctx
+        if met:
+            self._agree()
+        self.agenda.run(met, self.reached_end)
+        wanted, interrupted = self._agree()
         if wanted and not self.reached_end():
-            ctx.stop_reason = ctx.stop_wanted or "another rank asked to stop"
+            ctx.stop_reason = ctx.stop_wanted or "another rank asked to stop"  # from here on `Trainer.stop` changes nothing
+            ctx.interrupted = interrupted
+        ctx.paused += time.perf_counter() - began
+
+    def _agree(self) -> tuple[bool, bool]:
+        """Let all ranks know what time it is and how many tokens rank 0 has counted; whether one of them wants to stop, and whether
+        because it was interrupted."""
+        ctx = self.ctx
+        if ctx.strategy.world_size == 1:
+            return False, False
+        # in pairs of numbers that fp32 holds exactly, or to a microsecond
+        clock = [*divmod(ctx.elapsed, 1.0), *divmod(ctx.tokens, 1 << 20)] if ctx.strategy.rank == 0 else [0.0] * 4
+        mine = [float(ctx.stop_wanted is not None), float(ctx.interrupted), *map(float, clock)]
+        wanted, interrupted, *clock = ctx.strategy.sum(torch.tensor(mine, device=ctx.device)).tolist()
+        ctx.agreed_seconds, ctx.tokens = clock[0] + clock[1], int(clock[2]) * (1 << 20) + int(clock[3])
+        return bool(wanted), bool(interrupted)
 
     def over(self) -> bool:
         """Whether the run has reached its end or somebody stopped it."""
@@ -147,10 +163,22 @@ class Loop:
     def _over_ranks(self, tokens: int) -> int:
         """Tokens of all ranks: exactly where the run's length or schedule depends on them, otherwise assuming equal ranks."""
         strategy = self.ctx.strategy
-        if strategy.data_ranks == 1 or self.ctx.run_unit != "tok":
+        if not self._tokens_matter:
             return tokens * strategy.data_ranks
-        total = strategy.sum(torch.tensor(float(tokens), device=self.ctx.device)).item()
-        return int(total) * strategy.data_ranks // strategy.world_size
+        if self._tokens is None:  # no weights that they could have travelled with
+            self._tokens = strategy.sum(torch.tensor([float(n) for n in divmod(tokens, _SPLIT)], device=self.ctx.device))
+        thousands, rest = map(int, self._tokens.tolist())
+        self._tokens = None
+        return (thousands * _SPLIT + rest) * strategy.data_ranks // strategy.world_size
+
+    def _sum(self, weight: Tensor) -> Tensor:
+        """A step's weight over all ranks, and with it, where the run is measured in tokens, their number."""
+        if not self._tokens_matter:
+            return self.ctx.strategy.sum(weight)
+        tokens = divmod(sum(map(tokens_in, self.window.batches)), _SPLIT)
+        found = self.ctx.strategy.sum(torch.stack([weight.float(), *weight.new_tensor(tokens, dtype=torch.float32)]))
+        self._tokens = found[1:]
+        return found[0]
 
     def gradients(self, window: Window) -> Tensor | None:
         """Forward and backward of every microbatch; sets `ctx.loss_tensor`, whose mean over ranks is the step's loss.
@@ -197,7 +225,7 @@ class Loop:
             return None
         first = torch.as_tensor(weights[0], device=total.device, dtype=torch.float32)
         weight = torch.as_tensor(sum(weights[1:], start=first))
-        factor = torch.as_tensor(unit * ranks / ctx.strategy.sum(weight).clamp(min=_TINY), device=total.device)
+        factor = torch.as_tensor(unit * ranks / self._sum(weight).clamp(min=_TINY), device=total.device)
         ctx.loss_tensor = total * factor
         return factor
 
@@ -367,8 +395,8 @@ class Loop:
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
-        if ctx.steps_per_epoch is None and (ctx.step >= self.agenda.next_step - 1 or self.reached_end()):
-            self._run_agenda()  # epochs of unknown length end here, not at a step known ahead
+        if ctx.steps_per_epoch is None and (self.agenda.is_due() or self.reached_end()):
+            self._run_agenda(False)  # epochs of unknown length end here, not at a step known ahead
 
     def _remember_loss(self) -> None:
         assert self.ctx.loss_tensor is not None
@@ -408,7 +436,7 @@ class Loop:
         self.ctx.skipped_steps += 1
         self._consecutive_skips += 1
         if self._consecutive_skips >= _MOST_SKIPS:
-            raise ModelError(
+            raise RunError(
                 f"{_MOST_SKIPS} steps in a row had infinite or NaN gradients, at step {self.ctx.step}. "
                 "Lower the learning rate, or train in bf16 or fp32."
             )

@@ -150,6 +150,11 @@ class Blame:
             self.store.compare_set(key, "", text)
 
 
+def hopeless(peers: Iterable[Peer]) -> bool:
+    """Whether one of the processes is known to be gone or stopped."""
+    return any(peer.state in ("gone", "stopped") for peer in peers)
+
+
 def _gone(others: list[Peer]) -> str:
     found = [peer for peer in others if peer.state == "gone"]
     return f"{_names(found)} is gone: process {found[0].pid} was killed or left without a word" if found else ""

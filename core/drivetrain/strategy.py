@@ -25,6 +25,7 @@ class Strategy:
     rank = 0
     world_size = 1
     norms: Tensor | None = None  # from the last `clip` to a limit: the 2-norm of each gradient, or of this process's part of it
+    _steps_done = 0
     peers: Sequence[Peer] = ()  # every process of the run, known from when they have compared what they were started with
 
     @property
@@ -62,6 +63,14 @@ class Strategy:
 
     def settled(self) -> None:
         """The first step is done: what takes long once has been done, so from here on a wait may be short."""
+
+    def meet(self, wanted: bool) -> bool:
+        """Whether all ranks meet now, to hear who wants to stop and what time it is. Called after each step; no collective.
+
+        All get the same answer, and True soon after one has wanted it. A strategy that cannot tell the others meets every 16th time.
+        """
+        self._steps_done += 1
+        return wanted if self.world_size == 1 else self._steps_done % 16 == 0
 
     def judge(self, error: BaseException) -> BaseException:
         """What to raise in place of an error that ends the run: the same, or a `PeerFailure` that names the process at fault."""

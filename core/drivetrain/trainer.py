@@ -179,7 +179,8 @@ class Trainer:
 
     def stop(self, reason: str) -> None:
         """Interrupt the run after the current step. May be called from a signal handler or another thread."""
-        self.ctx.interrupted = True
+        if self.ctx.stop_reason is None:  # what all have agreed upon stays
+            self.ctx.interrupted = True
         self.ctx.stop(reason)
 
     # -- results and parts -------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def mlp() -> nn.Module:
 @component
 class Record(Callback):
     stop_at: int = option(default=0)
-    stop_on: int = option(default=0)
+    stop_on: int | None = option(default=None, help="the rank; None for all")
 
     def __attrs_post_init__(self) -> None:
         self.losses: list[float] = []
@@ -64,7 +64,7 @@ class Record(Callback):
         self.losses.append(ctx.metrics["train/loss"])
 
     def on_step_end(self, ctx: CallbackContext) -> None:
-        if self.stop_at and ctx.step == self.stop_at and ctx.strategy.rank == self.stop_on:
+        if self.stop_at and ctx.step == self.stop_at and self.stop_on in (ctx.strategy.rank, None):
             ctx.stop("one rank has had enough")
 
 
@@ -121,7 +121,8 @@ def main(target: str, strategy: str) -> None:
         "tokens": run(Tokens(), token_data(53), world, **every),
         "unweighted": run(Tokens(weighted=False), token_data(53), world, **every),
         "loader": run(mlp(), DataLoader(pairs, batch_size=24 // world // 2), world, **every),
-        "stopped": run(mlp(), pairs, world, Record(stop_at=2, stop_on=world - 1), log_interval="3st", **every),
+        "stopped": run(mlp(), pairs, world, Record(stop_at=2, stop_on=world - 1), log_interval="100st", **every),
+        "all stopped": run(mlp(), pairs, world, Record(stop_at=2), log_interval="100st", **every),
     }
     if detect().rank == 0:
         Path(target).write_text(json.dumps(results))
