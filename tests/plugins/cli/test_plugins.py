@@ -146,11 +146,11 @@ class TestCheck:
 
     def test_the_kits_command_is_what_runs(self, drivetrain: Any, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DRIVETRAIN_PLUGINS", "toy,kit")
-        monkeypatch.setattr("toy_plugin.Greet.run", lambda self, arguments: len(arguments.distribution), raising=False)
         install("kit", "[drivetrain.command]\ncheck = toy_plugin:Greet\n")
-        assert drivetrain("plugins", "check", "toy").code == 3
+        said = drivetrain("plugins", "check", "toy", "--loud")
+        assert (said.code, said.out) == (3, "hello toy !\n")
         assert drivetrain("plugins", "check", "--help").code == 0
-        assert "error: unrecognized arguments: --only" in drivetrain("plugins", "check", "toy", "--only", "trains").err
+        assert "error: unrecognized arguments: --only" in drivetrain("plugins", "check", "toy", "--only=x").err
 
     def test_the_real_program_runs_the_real_kit(self, site: Path) -> None:
         """In a process of its own; the exit code is what a CI looks at."""
