@@ -102,6 +102,7 @@ class TrainingConfig:
     standard_callbacks: bool = _key(True, "add the installed ones of throughput, progress, logging and checkpoint")
     log_interval: Duration = _key(Duration(10, "st"), "how often values are read from the device and logged")
     eval_interval: Duration | None = _key(Duration(1, "ep"), "how often to evaluate; false for never")
+    eval_at_start: bool = _key(False, "evaluate before the first step as well")
     dataloader: DataLoaderConfig = _key(help="how samples are fetched", factory=DataLoaderConfig)
     compile: bool = _key(False, "torch.compile the model, each repeated block by itself")
     activation_checkpointing: bool | Literal["selective"] = _key(

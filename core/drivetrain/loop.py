@@ -60,6 +60,7 @@ class Loop:
         self._no_sync: AbstractContextManager[Any] | None = ctx.strategy.no_sync(ctx.model)
         self._scale = ctx.precision.scale if ctx.precision.scales else None
         self._consecutive_skips = 0
+        self.is_whole = False  # whether the state is that after a step, not of one in the middle
         self._tokens: Tensor | None = None  # of all ranks in this step, when they have travelled with its weight
         self._tokens_matter = ctx.run_unit == "tok" and ctx.strategy.data_ranks > 1
         for group in ctx.optimizer.param_groups:
@@ -93,6 +94,7 @@ class Loop:
 
     def _after_step(self, counted: bool) -> None:
         """Whatever is due; a stop or a time that only one rank knows of brings all together first, after the same step."""
+        self.is_whole = True
         met = self.ctx.strategy.meet(self.ctx.stop_wanted is not None or self.agenda.is_late())
         if met or (counted and (self.agenda.is_due() or self.reached_end())):
             self._run_agenda(met)
@@ -139,7 +141,7 @@ class Loop:
 
     def step(self, window: Window) -> bool:
         """One optimizer update from a window of microbatches; False when it was skipped because gradients overflowed."""
-        ctx, on = self.ctx, self.events
+        ctx, on, self.is_whole = self.ctx, self.events, False
         self.window, ctx.window, ctx.microbatches = window, window.batches, len(window.batches)
         ctx._loss_value = None
         tokens = sum(map(tokens_in, window.batches))

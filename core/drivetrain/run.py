@@ -250,7 +250,7 @@ class Run:
         # Where the run ends, before the saves that are due there: a checkpoint of the end holds what came of it.
         self.agenda.add(self.config.log_interval, self.log, at_end=True)
         if self.config.eval_interval is not None and self.eval_source is not None:
-            self.agenda.add(self.config.eval_interval, self._evaluate_as_planned, at_end=True)
+            self.agenda.add(self.config.eval_interval, self.evaluate_as_planned, at_end=True)
         for _, thing in self.pm.listeners("on_every"):
             every = getattr(thing, "every", None)
             if every is None:  # the component chose not to be called
@@ -304,7 +304,10 @@ class Run:
             raise DataError("there is nothing to evaluate on: pass Trainer(..., eval_dataset=...) or evaluate(dataset).")
         return evaluate(self.ctx, self.events, chosen, self.call, self.metrics, self.transfer)
 
-    def _evaluate_as_planned(self) -> None:
+    def evaluate_as_planned(self) -> None:
+        """Evaluate on the run's evaluation data, if there is some."""
+        if self.eval_source is None:
+            return
         self.evaluated_at = self.ctx.step
         self.evaluate()
 
@@ -318,7 +321,7 @@ class Run:
             return False
         wanted = self.config.eval_interval is not None and self.eval_source is not None
         if wanted and self.evaluated_at != self.ctx.step and self.ctx.step > 0:
-            self._evaluate_as_planned()
+            self.evaluate_as_planned()
         return True
 
     def close(self) -> None:

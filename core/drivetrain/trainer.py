@@ -83,6 +83,7 @@ class Trainer:
         self._rng: Mapping[str, Any] | None = None
         self._description: dict[str, Any] | None = None
         self._restored = False
+        self._interrupt: KeyboardInterrupt | None = None
         self.ctx = CallbackContext(self)
         given = Given(
             model=model,
@@ -108,15 +109,23 @@ class Trainer:
     def train(self, resume: str | Path | None = None) -> TrainOutput:
         """Train to the end.
 
+        Ctrl-C ends the run in good order, and the output says so; without a signal handler of the program's that calls `stop`, it
+        may come in the middle of a step, whose state is no state to save. A second one is raised.
+
         Args:
             resume: "auto", "never" or a path, in place of the configuration's `resume`.
         """
-        for _ in self.steps(resume):
-            pass
+        try:
+            for _ in self.steps(resume):
+                pass
+        except KeyboardInterrupt as error:
+            if error is not self._interrupt:
+                raise
         return self.output
 
     def steps(self, resume: str | Path | None = None) -> Iterator[Step]:
-        """Train, giving each finished step to the caller's own loop. Leaving that loop ends the run in good order.
+        """Train, giving each finished step to the caller's own loop. Leaving that loop ends the run in good order, and so does
+        Ctrl-C, which is raised then.
 
         Several trainers of one process may be at it at the same time, in threads or in turn: each step is one run's alone, so that
         all end as if they were the only one. Data that one of them waits for must not come from another's step. Code outside of
@@ -148,6 +157,9 @@ class Trainer:
             ctx.stop_reason = ctx.stop_wanted
             raise
         except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and ctx.strategy.world_size == 1:  # else the others are in other lines
+                self._interrupted(error)
+                raise
             cause = ctx.strategy.judge(error)
             self._failed(cause)
             if cause is error:
@@ -386,6 +398,7 @@ class Trainer:
 
     def _start(self) -> None:
         ctx, run = self.ctx, self._run
+        run.loop.is_whole = False
         if self._rng is not None:  # a second sitting in this process
             set_full_state(self._rng, ctx.device)
         else:
@@ -396,6 +409,8 @@ class Trainer:
         if run.events.run_start is not None:
             run.events.run_start(ctx)
         run.agenda.replan()
+        if ctx.config.eval_at_start and ctx.step == 0:
+            run.evaluate_as_planned()
 
     def _restore(self) -> None:
         ctx = self.ctx
@@ -407,6 +422,19 @@ class Trainer:
                 f"resume names {ctx.resume!r}, but no active plugin restored it. Add the checkpoint callback "
                 "(pip install drivetrain-checkpoint)."
             )
+
+    def _interrupted(self, error: KeyboardInterrupt) -> None:
+        """Ctrl-C, at any line. Between two steps what there is can be saved; in the middle of one it is half of the next state."""
+        ctx, run = self.ctx, self._run
+        self._interrupt = error
+        self.stop("interrupted by Ctrl-C")
+        ctx.stop_reason = ctx.stop_reason or ctx.stop_wanted
+        if not run.loop.is_whole:
+            ctx.exception = error
+            ctx.optimizer.zero_grad()
+            _quietly(run.events.exception, ctx, error)
+        elif run.events.preempt is not None:
+            run.events.preempt(ctx)
 
     def _failed(self, error: BaseException) -> None:
         """Tell the listeners; what they raise is noted on the original error, which stays the one reported."""

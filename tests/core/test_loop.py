@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import cProfile
 import pstats
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pluggy
@@ -589,6 +591,122 @@ def test_evaluating_never_changes_training() -> None:
         ).train()
         results.append(weights(model))
     assert torch.equal(*results)
+
+
+def test_evaluation_before_the_first_step() -> None:
+    class Heard(Callback):
+        def on_evaluate_end(self, ctx: CallbackContext) -> None:
+            heard.append((ctx.step, ctx.eval_metrics["eval/loss"]))
+
+    results = []
+    for at_start, steps in ((False, [5, 10]), (True, [0, 5, 10])):
+        heard: list[tuple[int, float]] = []
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        given: Any = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [Heard()]}
+        trainer = Trainer(
+            model,
+            config(eval_at_start=at_start, per_device_batch_size=4),
+            regression(),
+            regression(),
+            loss=nn.MSELoss(),
+            **given,
+        )
+        untrained = trainer.evaluate()["eval/loss"]
+        heard.clear()
+        trainer.train()
+        assert [step for step, _ in heard] == steps
+        assert (heard[0][1] == untrained) is at_start
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+class CtrlC(Callback):
+    """What a terminal does: the default handler raises at the line that happens to run."""
+
+    def __init__(self, place: str) -> None:
+        self.places, self.heard = place.split(), []
+
+    def at(self, place: str, ctx: CallbackContext) -> None:
+        if place in self.places and ctx.step >= 6:
+            self.places.remove(place)
+            signal.raise_signal(signal.SIGINT)
+
+    def on_forward(self, ctx: CallbackContext) -> None:
+        self.at("step", ctx)
+
+    def on_log(self, ctx: CallbackContext) -> None:
+        self.at("log", ctx)
+
+    def on_preempt(self, ctx: CallbackContext) -> None:
+        self.heard.append("preempt")
+
+    def on_exception(self, ctx: CallbackContext) -> None:
+        self.heard.append("exception")
+
+    def on_run_end(self, ctx: CallbackContext) -> None:
+        self.heard.append("end")
+        self.at("end", ctx)
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background job ignores it
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(place: str, folder: Path, *more: Callback) -> tuple[Trainer, CtrlC]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
+    cfg = config(per_device_batch_size=4, log_interval="2st", max_duration="10st", output_dir=folder, run_name="a")
+    press = CtrlC(place)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, callbacks=[press, *more]), press
+
+
+@pytest.mark.parametrize(("place", "heard"), [("step", ["exception", "end"]), ("log", ["preempt", "end"])])
+@pytest.mark.usefixtures("terminal")
+def test_ctrl_c_ends_a_run_in_good_order(tmp_path: Path, place: str, heard: list[str]) -> None:
+    trainer, press = interrupted(place, tmp_path)
+    output = trainer.train()
+    assert press.heard == heard
+    assert (output.steps, output.completed, output.stop_reason) == (6, False, "interrupted by Ctrl-C")
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+    trainer, press = interrupted(place, tmp_path)
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in trainer.steps():
+            seen.append(step.number)
+    assert (seen, press.heard) == ([1, 2, 3, 4, 5, 6][: len(seen)], heard)
+
+
+@pytest.mark.usefixtures("terminal")
+def test_a_second_ctrl_c_is_raised(tmp_path: Path) -> None:
+    trainer, press = interrupted("log end", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert press.heard == ["preempt", "end"]
+
+
+@pytest.mark.parametrize(("place", "saved"), [("step", 4), ("log", 6)])
+@pytest.mark.usefixtures("terminal")
+def test_after_ctrl_c_a_run_goes_on_exactly(tmp_path: Path, place: str, saved: int) -> None:
+    """From the end of the last step where it came between two, from the checkpoint before in the middle of one."""
+    checkpoint = pytest.importorskip("drivetrain_checkpoint")
+
+    def sitting(folder: Path, place: str) -> Trainer:
+        trainer, _ = interrupted(place, folder, checkpoint.CheckpointCallback(every="4st"))
+        trainer.train()
+        return trainer
+
+    first = sitting(tmp_path / "cut", place)
+    assert checkpoint.find_checkpoints(first.run_dir)[0].step == saved
+    second, whole = sitting(tmp_path / "cut", ""), sitting(tmp_path / "whole", "")
+    assert (second.ctx.resumed, second.output.steps, second.output.completed) == (True, 10, True)
+    assert all(map(torch.equal, second.model.state_dict().values(), whole.model.state_dict().values()))
 
 
 def test_streaming_metric_objects() -> None:
