@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from drivetrain.errors import PeerFailure as PeerFailure
     from drivetrain.errors import PluginError as PluginError
     from drivetrain.errors import Problem as Problem
+    from drivetrain.errors import RunError as RunError
     from drivetrain.loss import Loss as Loss
     from drivetrain.optim import ForeachOptimizer as ForeachOptimizer
     from drivetrain.optim import OptimizerComponent as OptimizerComponent
@@ -70,6 +71,7 @@ _HOME = {
     "Precision": "precision",
     "Problem": "errors",
     "ProcessGroupStrategy": "distributed",
+    "RunError": "errors",
     "SampleOrder": "data",
     "Step": "output",
     "Strategy": "strategy",

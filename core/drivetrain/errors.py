@@ -8,7 +8,8 @@ from attrs import frozen
 
 
 class DrivetrainError(Exception):
-    """A mistake in what was asked for (not a bug in the engine); the CLI prints it without a traceback and exits with 2."""
+    """A mistake in what was asked for (not a bug in the engine); the CLI prints it without a traceback and exits with 2, with 1
+    for a `RunError`."""
 
 
 class PluginError(DrivetrainError):
@@ -21,6 +22,10 @@ class DataError(DrivetrainError):
 
 class ModelError(DrivetrainError):
     """A model that does not do what the loop needs of it."""
+
+
+class RunError(DrivetrainError):
+    """A run that failed with nothing wrong in what was asked for (a full disk, numbers that overflow); the CLI exits with 1."""
 
 
 class PeerFailure(RuntimeError):

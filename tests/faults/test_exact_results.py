@@ -23,7 +23,7 @@ from drivetrain import (
     DrivetrainError,
     EarlyStoppingCallback,
     LoggingCallback,
-    ModelError,
+    RunError,
     Tracker,
     Trainer,
     TrainingConfig,
@@ -326,6 +326,6 @@ def test_overflows_in_a_row_are_counted_over_an_interruption(tmp_path: Path, for
     given: dict[str, Any] = {"precision": "fp16", "max_duration": "50ep"}
     sitting(tmp_path, Overflow(interrupt=60), **given)
     second = Overflow()
-    with pytest.raises(ModelError, match="100 steps in a row"):
+    with pytest.raises(RunError, match="100 steps in a row"):
         sitting(tmp_path, second, forgotten=forgotten, **given)
     assert (second.count == 40) is (forgotten == ())

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from drivetrain.cluster import Cluster, detect
-from drivetrain.errors import ConfigError, DrivetrainError, PeerFailure
+from drivetrain.errors import ConfigError, DrivetrainError, PeerFailure, RunError
 from drivetrain_cli.terminal import bold, clean, clean_lines
 
 FAILED, USER_ERROR = 1, 2
@@ -22,7 +22,8 @@ _USERS_FILES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 
 
 def exit_code(error: Exception) -> int:
-    """2 for a mistake in what was asked for (a `DrivetrainError`, a file that cannot be read), 1 for a failure inside a run."""
+    """2 for a mistake in what was asked for (a `DrivetrainError`, a file that cannot be read), 1 for a failure inside a run
+    (a `RunError` among the former)."""
     return USER_ERROR if _is_mistake(error) else FAILED
 
 
@@ -36,7 +37,7 @@ def explain(error: Exception, debug: bool) -> None:
         print(clean_lines("".join(traceback.format_exception(error))), end="", file=sys.stderr)
         return
     lines = list(_lines(error))
-    if not _is_mistake(error):
+    if not _is_mistake(error) and not isinstance(error, RunError):
         lines.append("  run again with --debug for the traceback")
     print("\n".join(lines), file=sys.stderr)
 
@@ -71,7 +72,9 @@ def _place() -> Cluster:
 
 
 def _is_mistake(error: Exception) -> bool:
-    return isinstance(error, DrivetrainError) or (isinstance(error, _USERS_FILES) and error.filename is not None)
+    return (isinstance(error, DrivetrainError) and not isinstance(error, RunError)) or (
+        isinstance(error, _USERS_FILES) and error.filename is not None
+    )
 
 
 def _lines(error: BaseException) -> Iterator[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import secrets
 import sys
+from pathlib import Path
 
 from drivetrain import Callback, CallbackContext, Trainer, TrainingConfig, TrainOutput, component, hook
 from drivetrain_cli.interrupt import Interruptible
@@ -30,7 +34,35 @@ class Beginning(Callback):
         if ctx.resumed:
             print(f"going on after step {ctx.step}", file=sys.stderr)
         else:
-            ctx.config.save(ctx.run_dir / SAVED_CONFIG)
+            _keep(ctx.config, ctx.run_dir / SAVED_CONFIG)
+
+
+def _keep(config: TrainingConfig, path: Path) -> None:
+    """Write the configuration so that a crash leaves the whole file or none: `drivetrain resume` needs it."""
+    for leftover in path.parent.glob(f".{'[0-9a-f]' * 16}-{path.name}"):
+        leftover.unlink(missing_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}-{path.name}")
+    try:
+        config.save(temporary)
+        _make_durable(temporary)
+        os.replace(temporary, path)
+        _make_durable(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _make_durable(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that do without
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def train(config: TrainingConfig) -> int:
