@@ -1,4 +1,8 @@
-"""Count the collectives of each step, of Trainer and of a script without it, by a process group that wraps gloo's."""
+"""Count the collectives of each step and the values read from tensors, of Trainer and of a script without it.
+
+Collectives by a process group that wraps gloo's, reads by wrapped methods of torch.Tensor. A step is counted from its start to the next
+one's, so that what is done between steps counts as well.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
-from drivetrain import Callback, CallbackContext, Loss, Precision, Trainer, TrainingConfig
+from drivetrain import Callback, CallbackContext, Duration, Loss, Precision, Trainer, TrainingConfig, component, option
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 COUNTS: Counter[str] = Counter()
@@ -58,6 +62,20 @@ for _kind in KINDS:
     setattr(Counting, _kind, counted(_kind))
 
 
+def read(name: str) -> Callable[..., Any]:
+    original = getattr(torch.Tensor, name)
+
+    def call(self: torch.Tensor, *args: Any) -> Any:
+        COUNTS["reads"] += self.is_floating_point()  # whole numbers are orders of samples, which a loader reads on the host
+        return original(self, *args)
+
+    return call
+
+
+for _name in ("item", "tolist", "__float__", "__bool__", "__int__"):
+    setattr(torch.Tensor, _name, read(_name))
+
+
 def join() -> None:
     def make(store: Any, rank: int, size: int, timeout: timedelta) -> Counting:
         inner = dist.ProcessGroup(store, rank, size)
@@ -79,6 +97,21 @@ def model() -> nn.Module:
 INPUTS = torch.randn(STEPS * WINDOW * WORLD * 2, 4, generator=torch.Generator().manual_seed(1))
 
 
+WORDS = [{"input_ids": torch.randint(0, 9, (6,), generator=torch.Generator().manual_seed(n))} for n in range(len(INPUTS))]
+
+
+class Words(nn.Module):
+    """Predicts the sum of a row of token numbers; a `Loss` with a weight for each row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(9, 4), model()
+
+    def forward(self, input_ids: torch.Tensor) -> Loss:
+        return weighted_loss(self.body(self.table(input_ids).mean(1)), input_ids.sum(1, keepdim=True).float())
+
+
 def mean_loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (outputs - targets).square().mean()
 
@@ -87,53 +120,85 @@ def weighted_loss(outputs: torch.Tensor, targets: torch.Tensor) -> Loss:
     return Loss((outputs - targets).square().sum(), torch.tensor(float(len(targets))))
 
 
+class Stream(IterableDataset[Any]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from zip(INPUTS, INPUTS[:, :1], strict=True)
+
+
 class PerStep(Callback):
-    """What each step cost, from its start to its end; the last one logs."""
+    """What each step cost, from its start to the next one's; the end of the last one is the end of the run, which logs."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, int]] = []
         self.reductions: list[int] = []
 
     def on_step_start(self, ctx: CallbackContext) -> None:
+        if ctx.step > 0:
+            self.steps.append(dict(COUNTS))
         COUNTS.clear()
 
     def on_backward(self, ctx: CallbackContext) -> None:
         self.reductions.append(sum(COUNTS[k] for k in COUNTS if "reduce" in k))
 
-    def on_step_end(self, ctx: CallbackContext) -> None:
-        self.steps.append(dict(COUNTS))
+
+@component
+class Hourly(Callback):
+    """Has a period that is not counted in steps."""
+
+    every: Duration = option(default=Duration(3600, "s"), help="how often")
+
+    def on_every(self, ctx: CallbackContext) -> None:
+        raise AssertionError("not within this test")
 
 
-def by_trainer(strategy: str, loss: Any) -> tuple[list[dict[str, int]], list[int]]:
-    module, seen = model(), PerStep()
-    config = TrainingConfig(
-        max_duration=f"{STEPS}st",
-        per_device_batch_size=2,
-        gradient_accumulation_steps=WINDOW,
-        log_interval=f"{STEPS + 1}st",
-        standard_callbacks=False,
-        max_grad_norm=CLIP,
-        distributed=strategy,
-    )
+PAIRS = TensorDataset(INPUTS, INPUTS[:, :1])
+# what is trained, how the losses are averaged, and what of the configuration is not counted in steps
+CASES: dict[str, tuple[Any, Any, dict[str, Any], list[Any]]] = {
+    "mean": (PAIRS, mean_loss, {}, []),
+    "weighted": (PAIRS, weighted_loss, {}, []),
+    "hours": (PAIRS, mean_loss, {"max_duration": "1h"}, [Hourly()]),
+    "stream": (Stream(), mean_loss, {"max_duration": "1ep", "eval_interval": "1ep"}, []),
+    "tokens": (WORDS, None, {"max_duration": f"{6 * len(WORDS)}tok"}, []),
+}
+
+
+def by_trainer(strategy: str, case: str) -> tuple[list[dict[str, int]], list[int]]:
+    data, loss, given, callbacks = CASES[case]
+    module, seen = Words() if loss is None else model(), PerStep()
+    settings = {
+        "max_duration": f"{STEPS}st",
+        "per_device_batch_size": 2,
+        "gradient_accumulation_steps": WINDOW,
+        "log_interval": f"{STEPS + 9}st",
+        "standard_callbacks": False,
+        "max_grad_norm": CLIP,
+        "distributed": strategy,
+    }
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    data = TensorDataset(INPUTS, INPUTS[:, :1])
-    Trainer(module, config, data, loss=loss, optimizer=optimizer, callbacks=[seen], precision=Precision()).train()
+    parts = {"loss": loss, "optimizer": optimizer, "callbacks": [seen, *callbacks], "precision": Precision()}
+    trainer = Trainer(module, TrainingConfig(**settings | given), data, data, **parts)
+    for step in trainer.steps():
+        if step.number == STEPS:
+            break
     return seen.steps, seen.reductions
 
 
-def by_script(strategy: str, weighted: bool) -> list[dict[str, int]]:
+def by_script(strategy: str, case: str) -> list[dict[str, int]]:
     """What a person would write: blocks sharded, no reduction before a window's last microbatch, clipping; with unequal weights
-    their sum as well."""
-    module: Any = model()
+    their sum as well, and to end after a number of tokens theirs with it, which has to be read."""
+    module: Any = Words() if case == "tokens" else model()
+    blocks = (module.body if case == "tokens" else module)[1]
     if strategy == "ddp":
         module = DistributedDataParallel(module, gradient_as_bucket_view=True)
     else:
-        for index, block in enumerate(module[1]):
+        for index, block in enumerate(blocks):
             fully_shard(block, reshard_after_forward=index < 2)
         fully_shard(module)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     steps = []
-    for window in windows():
+    for window in windows(case):
         COUNTS.clear()
         for index, batch in enumerate(window):
             last = index == WINDOW - 1
@@ -141,18 +206,24 @@ def by_script(strategy: str, weighted: bool) -> list[dict[str, int]]:
                 module.require_backward_grad_sync = last
             else:
                 module.set_requires_gradient_sync(last)
-            (mean_loss(module(batch), batch[:, :1]) / WINDOW).backward()
-        if weighted:
+            loss = module(batch).total if case == "tokens" else mean_loss(module(batch), batch[:, :1])
+            (loss / WINDOW).backward()
+        if case == "weighted":
             dist.all_reduce(torch.tensor(float(sum(map(len, window)))))
+        if case == "tokens":
+            numbers = torch.tensor([float(sum(map(len, window))), float(sum(map(torch.numel, window)))])
+            dist.all_reduce(numbers)
+            int(numbers[1])
         nn.utils.clip_grad_norm_(module.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         steps.append(dict(COUNTS))
-    return steps
+    return steps[:-1]
 
 
-def windows() -> Iterator[list[torch.Tensor]]:
-    mine = INPUTS.view(STEPS, WINDOW, WORLD, 2, 4)[:, :, RANK]
+def windows(case: str) -> Iterator[list[torch.Tensor]]:
+    rows = torch.stack([row["input_ids"] for row in WORDS]) if case == "tokens" else INPUTS
+    mine = rows.view(STEPS, WINDOW, WORLD, 2, -1)[:, :, RANK]
     yield from ([*step] for step in mine)
 
 
@@ -160,13 +231,9 @@ if __name__ == "__main__":
     join()
     found = {}
     for strategy in ("ddp", "fsdp"):
-        for name, loss in (("mean", mean_loss), ("weighted", weighted_loss)):
-            trainer, reductions = by_trainer(strategy, loss)
-            found[f"{strategy} {name}"] = {
-                "trainer": trainer,
-                "reductions": reductions,
-                "script": by_script(strategy, name == "weighted"),
-            }
+        for case in CASES:
+            trainer, reductions = by_trainer(strategy, case)
+            found[f"{strategy} {case}"] = {"trainer": trainer, "reductions": reductions, "script": by_script(strategy, case)}
     if RANK == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.destroy_process_group()

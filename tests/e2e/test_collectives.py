@@ -26,12 +26,20 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("loss", ["mean", "weighted"])
-def test_no_step_has_more_collectives_than_a_script(found: Any, strategy: str, loss: str) -> None:
-    """With unequal weights a script has to add those up as well: one number more for both."""
-    counts = found[f"{strategy} {loss}"]
-    assert len(counts["trainer"]) == len(counts["script"]) == 6
+@pytest.mark.parametrize("case", ["mean", "weighted", "hours", "stream", "tokens"])
+def test_no_step_has_more_collectives_or_reads_than_a_script(found: Any, strategy: str, case: str) -> None:
+    """Whole steps with what is done between them. Unequal weights have to be added up by a script as well, one number, and a run that
+    ends after a number of tokens has to read how many there were, which travels with the weights."""
+    counts = found[f"{strategy} {case}"]
+    assert len(counts["trainer"]) == len(counts["script"]) == 5
     assert counts["trainer"] == counts["script"]
+
+
+def test_reads_are_counted(found: Any) -> None:
+    """Negative control: where a value has to be read, it is seen."""
+    for strategy in ("ddp", "fsdp"):
+        assert all("reads" in step for step in found[f"{strategy} tokens"]["script"])
+        assert not any("reads" in step for step in found[f"{strategy} mean"]["script"])
 
 
 @pytest.mark.parametrize(("strategy", "groups"), [("ddp", 1), ("fsdp", 4)])
