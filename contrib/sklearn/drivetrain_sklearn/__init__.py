@@ -83,7 +83,9 @@ class DrivetrainEstimator(BaseEstimator):  # type: ignore[misc]
         exact = Precision() if config.precision is None else None
         model = self._built(X, n_outputs, config.seed)
         trainer = Trainer(model, config, data, held_out, loss=self._loss, precision=exact)
-        self.output_ = trainer.train()
+        for _ in trainer.steps():  # unlike train(), this lets Ctrl-C through, which ends a search over estimators too
+            pass
+        self.output_ = trainer.output
         self.module_ = trainer.model.eval()
 
     def _built(self, X: np.ndarray, n_outputs: int, seed: int) -> nn.Module:
