@@ -31,7 +31,7 @@ _SECRET_TEXT = re.compile(r"(?<!(?:bos|cls|eos|pad|sep|unk)[_-])(?<!mask[_-])tok
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 # What stands for a component that is not named, if it is installed.
-SOFT_DEFAULTS = {"optimizer": "adamw", "scheduler": "cosine", "precision": "auto"}
+SOFT_DEFAULTS = {"optimizer": "adamw", "scheduler": "cosine", "precision": "auto", "training_mode": "full_finetune"}
 
 
 class TrainingMode(enum.Enum):
@@ -217,10 +217,9 @@ class TrainingConfig:
                 single[f.name] = make(kind, spec, f.name)
         if "distributed" not in replaced and (strategy := self.strategy_spec()) is not None:
             single["distributed"] = make("strategy", strategy, "distributed")
-        mode, spec = self.mode_name, self.training_mode
-        # these two need no plugin, but may have one
-        if mode not in ("full_finetune", "pretraining") or is_installed("mode", mode):
-            single["training_mode"] = make("mode", mode if isinstance(spec, TrainingMode) else spec, "training_mode")
+        if self.mode_name != SOFT_DEFAULTS["training_mode"] or is_installed("mode", self.mode_name):
+            spec = self.training_mode
+            single["training_mode"] = make("mode", spec.value if isinstance(spec, TrainingMode) else spec, "training_mode")
         callbacks = [make("callback", spec, f"callbacks[{index}]") for index, spec in enumerate(self.callbacks)]
         if problems:
             raise ConfigError(problems)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from drivetrain.duration import Duration
 
 if TYPE_CHECKING:
+    from drivetrain.components import Component
     from drivetrain.config import TrainingConfig
     from drivetrain.data import SampleOrder
     from drivetrain.loss import Loss
@@ -106,6 +107,12 @@ class CallbackContext:
     def lr(self) -> float:
         """The learning rate of the first parameter group."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def mode(self) -> Component | None:
+        """The training mode. Its attributes `from_scratch` (make new weights) and `adapters` (few are trained), if it has them, hold
+        before there is a model."""
+        return self.run.single.get("training_mode")
 
     @property
     def run_dir(self) -> Path:
@@ -214,7 +221,8 @@ class CallbackContext:
     def stop(self, reason: str) -> None:
         """End the run after this step; the first reason given is the one reported.
 
-        With several ranks one may ask: all end together at the next logging, evaluation or periodic action.
+        With several ranks one may ask: all end together, after the step that those which are ahead are in. Asked for alike on all
+        ranks, that is this one.
         """
         if self.stop_wanted is None:
             self.stop_wanted = reason

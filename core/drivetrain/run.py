@@ -137,7 +137,7 @@ class Run:
             partial(getattr(maker, "make_model", lambda _: None), self.ctx),
             self.devices.total_memory,
             state_8bit=optimizer is not None and optimizer.plugin_name.endswith("8bit"),
-            adapters=self.config.mode_name not in ("full_finetune", "pretraining"),
+            adapters=getattr(self.single.get("training_mode"), "adapters", False),
         )
         if name != "ddp":
             self.single["distributed"] = make_component("strategy", name, "distributed")
@@ -164,7 +164,7 @@ class Run:
     def _train_source(self) -> Source:
         data = self.given.train_dataset
         if data is None and (maker := self.single.get("data")) is not None:
-            data = maker.make_dataset(self.ctx)  # type: ignore[attr-defined]
+            data = _under("data", maker, lambda: maker.make_dataset(self.ctx))  # type: ignore[attr-defined]
         if data is None:
             raise ConfigError([Problem("data", "is missing: pass Trainer(..., train_dataset=...), or name a data set")])
         self.train_data = data
@@ -173,9 +173,9 @@ class Run:
     def _eval_source(self) -> Source | None:
         data = self.given.eval_dataset
         if data is None and (maker := self.single.get("eval_data")) is not None:
-            data = maker.make_dataset(self.ctx)  # type: ignore[attr-defined]
+            data = _under("eval_data", maker, lambda: maker.make_dataset(self.ctx))  # type: ignore[attr-defined]
         if data is None and self.given.train_dataset is None:
-            data = self.pm.choose("make_eval_dataset", self.ctx)
+            data = _under("data", self.single.get("data"), lambda: self.pm.choose("make_eval_dataset", self.ctx))
         return None if data is None else self.eval_source_of(data)
 
     def eval_source_of(self, data: Any) -> Source:
@@ -392,6 +392,15 @@ def _with_specs(given: Given) -> TrainingConfig:
             setattr(config, key, value)
     config.check()
     return config
+
+
+def _under(key: str, thing: Component | None, make: Callable[[], Any]) -> Any:
+    """What a component makes; problems that it finds with its options then get the place of the component."""
+    try:
+        return make()
+    except ConfigError as error:
+        place = key if thing is None else f"{key}.{thing.plugin_name.partition(':')[2]}"
+        raise ConfigError([problem.under(place) for problem in error.problems]) from error
 
 
 def _callback(thing: Any, index: int) -> Component:

@@ -40,6 +40,7 @@ class QLoRA(Component):
     """
 
     kind: ClassVar[str] = "mode"
+    adapters: ClassVar[bool] = True
 
     r: int = option(default=16, validator=_at_least(1), help="rank of the adapters")
     alpha: float = option(default=16.0, validator=_at_least(0), help="their effect is multiplied by alpha / r")

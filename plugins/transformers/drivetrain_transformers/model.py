@@ -35,7 +35,7 @@ class TransformersModel(Component):
         default="", help="a directory, a GGUF file, package:NAME/FILE, or a name on the hub; by default the key model_name"
     )
     from_scratch: bool | None = option(
-        default=None, help="take only the configuration and make random weights; by default in the pretraining mode"
+        default=None, help="take only the configuration and make random weights; by default as the training mode says"
     )
     config: dict[str, Any] = option(
         factory=dict, help="changes to the model's configuration; without a path all of it, model_type included"
@@ -66,7 +66,7 @@ class TransformersModel(Component):
         options: dict[str, Any] = {"dtype": DTYPES[self.dtype]}
         if self.attention != "auto":
             options["attn_implementation"] = self.attention
-        scratch = ctx.config.mode_name == "pretraining" if self.from_scratch is None else self.from_scratch
+        scratch = getattr(ctx.mode, "from_scratch", False) if self.from_scratch is None else self.from_scratch
         if source is None or scratch:
             model = new_model(config, self.trust_remote_code, **options)
         else:

@@ -6,14 +6,25 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from drivetrain import ConfigError, DataError, Loss, ModelError, Precision, Trainer, TrainingConfig, make_component
+from drivetrain import (
+    Component,
+    ConfigError,
+    DataError,
+    Loss,
+    ModelError,
+    Precision,
+    Trainer,
+    TrainingConfig,
+    component,
+    make_component,
+)
 from drivetrain_transformers import TransformersModel, locate, token_loss
 from drivetrain_transformers.loss import summed_cross_entropy
 
@@ -116,10 +127,15 @@ class TestModel:
         assert model.dtype == torch.bfloat16
         assert not torch.allclose(model.lm_head.weight.float(), saved.lm_head.weight, atol=1e-2)
 
-    def test_the_pretraining_mode_is_from_scratch_by_default(self, model_dir: Path) -> None:
-        _, model = made(config(training_mode="PRETRAINING"), path=str(model_dir))
+    @pytest.mark.parametrize("scratch", [True, False])
+    def test_a_mode_may_ask_for_new_weights(self, model_dir: Path, scratch: bool) -> None:
+        class Mode(Component):
+            kind: ClassVar[str] = "mode"
+            from_scratch: ClassVar[bool] = scratch
+
+        _, model = made(config(training_mode=component(Mode)()), path=str(model_dir))
         saved = AutoModelForCausalLM.from_pretrained(model_dir)
-        assert not torch.allclose(model.lm_head.weight, saved.lm_head.weight, atol=1e-2)
+        assert torch.allclose(model.lm_head.weight, saved.lm_head.weight, atol=1e-2) is not scratch
 
     def test_model_name_stands_in_for_the_path(self, model_dir: Path) -> None:
         assert made(config(model_name=str(model_dir)))[1].name_or_path == str(model_dir)
