@@ -33,14 +33,15 @@ PUBLIC_MODULES = defaultdict(lambda: {"commands", "registry", "tracking"})
 PUBLIC_MODULES["plugins/cli"] = {"catalogue", "cluster", "commands", "errors", "formats", "hookspecs", "registry", "structure"}
 PUBLIC_MODULES["contrib/optuna"] = {"cluster"}
 PUBLIC_MODULES["plugins/doctor"] = {"cluster", "registry"}
-PUBLIC_MODULES["plugins/testing"] = {"cluster", "hooks", "registry", "structure"}
+PUBLIC_MODULES["plugins/scaffold"] = {"catalogue", "registry"}
+PUBLIC_MODULES["plugins/testing"] = {"cluster", "hooks", "hookspecs", "registry", "structure"}
 # What is imported only where something else has imported it already.
 BEHIND = defaultdict(set, {"contrib/mlflow": {"alembic", "sqlalchemy"}})  # imported by a dependency, which leaves them optional
 OPTIONAL = defaultdict(set, {"core": {"numpy"}, "plugins/cli": {"matplotlib"}, "plugins/plan": {"matplotlib"}})
 
 # The core's modules, lowest first: a module imports only from lines above its own.
 LAYERS = """
-    errors  catalogue  duration  hookspecs  commands  meetings
+    errors  catalogue  duration  hookspecs  commands  meetings  synchronizer
     registry  structure  loss  precision  strategy  peers  rng  output  agenda  context
     cluster  loading
     components  devices  formats  calling  distributed

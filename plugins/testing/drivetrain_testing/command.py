@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import Component, DrivetrainError, PluginError
-from drivetrain.components import structure_component
 from drivetrain.registry import Candidate, all_candidates
+from drivetrain.structure import structure
 
 if TYPE_CHECKING:
     from drivetrain_testing.kit import Check
@@ -88,7 +88,7 @@ def _made(thing: Any, options: Mapping[str, Any]) -> Any:
     if not (isinstance(thing, type) and issubclass(thing, Component)):
         return thing
     try:
-        return structure_component(thing, options, "--option")
+        return structure(options, thing, "--option")
     except DrivetrainError as error:
         raise PluginError(f"{error} (give --option NAME=VALUE)") from error
 

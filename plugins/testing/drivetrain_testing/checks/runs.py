@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import Callback, CallbackContext, Trainer, component, hook
-from drivetrain.components import HOOK_MARK
 from drivetrain.hookspecs import HOOKS
 from drivetrain_testing.harness import Restore, difference, final_state, state_after, tiny_data, weights
 from drivetrain_testing.kit import COMPONENTS, check
@@ -226,7 +225,7 @@ def _plant(thing: Any, name: str, context: _FailingContext) -> None:
     def planted(ctx: CallbackContext) -> Any:
         return original(context)
 
-    setattr(planted, HOOK_MARK, getattr(original, HOOK_MARK, {}))
+    vars(planted).update(vars(original))  # its place among the listeners
     setattr(thing, name, planted)
 
 
