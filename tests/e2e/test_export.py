@@ -95,6 +95,16 @@ def test_the_adapters_alone_fit_the_base_model_in_peft(run: Path) -> None:
     assert (Path("out") / "adapter_model.safetensors").stat().st_size < 30_000
 
 
+def test_without_a_directory_it_writes_into_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "runs/tiny", "--merge"]) == 0
+    assert "merged model of step 4" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(run / "merged").dtype == torch.bfloat16
+    assert main(["export", "runs/tiny"]) == 0
+    assert (run / "exported" / "adapter_model.safetensors").is_file()
+    assert main(["export", "runs/tiny", "--merge"]) == 2, "what is there already is not overwritten"
+    assert "give another one" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

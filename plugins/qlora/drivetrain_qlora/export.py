@@ -28,7 +28,13 @@ class Export:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's directory, such as runs/tidy-otter")
-        parser.add_argument("out", metavar="OUT", type=Path, help="the directory to write, which must not exist or be empty")
+        parser.add_argument(
+            "out",
+            metavar="OUT",
+            type=Path,
+            nargs="?",
+            help="the directory to write, which must not exist or be empty; by default RUN/merged with --merge, else RUN/exported",
+        )
         parser.add_argument(
             "--merge", action="store_true", help="write the whole model with the adapters' effect in its weights"
         )
@@ -36,7 +42,7 @@ class Export:
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Rebuild the run's model, load its newest checkpoint, and write."""
-        out: Path = arguments.out
+        out: Path = arguments.out or arguments.run_dir / ("merged" if arguments.merge else "exported")
         if arguments.dtype and not arguments.merge:
             raise DrivetrainError("--dtype goes with --merge: without it, weights are written as they were trained.")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):

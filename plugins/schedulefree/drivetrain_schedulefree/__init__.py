@@ -40,14 +40,19 @@ class ScheduleFreeComponent(OptimizerComponent):
     """Base of both: which point the model's weights are at.
 
     They are y, where gradients are taken, while training: a checkpoint made then holds y as the model and z as the optimizer's
-    state, and goes on exactly. Evaluation sees x, the average, and the run leaves it in the model when it ends; a state taken
-    there holds y as well, in the optimizer's part.
+    state, and goes on exactly. Evaluation sees x, the average, and so does whoever restores a state to export it; the run leaves x
+    in the model when it ends. A state taken there holds y as well, in the optimizer's part.
     """
 
     default_scheduler: ClassVar[str | dict[str, Any]] = {"use": "constant", "warmup": "5%"}
 
     _switched: bool = attrs.field(default=False, init=False, repr=False)  # for an evaluation
     _last_lr: float = attrs.field(default=0.0, init=False, repr=False)
+
+    @hook(trylast=True)
+    def on_restore(self, ctx: CallbackContext) -> None:
+        """To x, after the state has been loaded: `Trainer.restore` is for evaluation and export. Training goes back, bit by bit."""
+        _schedule_free(ctx).eval()
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:
