@@ -1,0 +1,39 @@
+"""`drivetrain bench FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+
+class Bench:
+    """Measure a configuration."""
+
+    help = "measure what the engine costs your configuration, and what would make it faster"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the arguments."""
+        parser.add_argument("file", metavar="FILE", help="the configuration")
+        parser.add_argument("overrides", metavar="key=value", nargs="*", help="values that replace those of the file")
+        parser.add_argument("--steps", metavar="N", type=int, default=10, help="steps of one turn (10)")
+        parser.add_argument("--turns", metavar="K", type=int, default=5, help="turns of each that is compared (5)")
+        parser.add_argument("--no-advice", action="store_true", help="do not try what might be faster")
+        parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Measure and print."""
+        from drivetrain import DrivetrainError, load_training_config
+        from drivetrain_bench.measure import bench
+
+        if arguments.steps < 1 or arguments.turns < 1:
+            raise DrivetrainError("--steps and --turns must be at least 1.")
+        report = bench(
+            load_training_config(arguments.file, overrides=arguments.overrides),
+            steps=arguments.steps,
+            turns=arguments.turns,
+            advice=not arguments.no_advice,
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        print(json.dumps(report.plain(), indent=1) if arguments.json else report)
+        return 0

@@ -1,0 +1,217 @@
+"""Turns of steps, one training after another, so that whatever else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+from attrs import frozen
+
+from drivetrain import DrivetrainError, Trainer, TrainingConfig, is_installed
+from drivetrain_bench.advice import Change, changes
+from drivetrain_bench.loops import by_engine, by_hand, trainer
+from drivetrain_bench.report import Advice, Report
+
+RAW, BARE, WATCHED = "loop by hand", "engine, no callbacks", "engine, your callbacks"
+_said = logging.getLogger("drivetrain.bench")
+
+
+@frozen
+class Speed:
+    """One training's time.
+
+    Attributes:
+        seconds: of one step, in each turn.
+        samples, tokens: in one step, of all processes; no tokens where batches have none.
+        first: seconds of the first step, compilation included.
+    """
+
+    seconds: tuple[float, ...]
+    samples: float
+    tokens: float
+    first: float
+
+    @property
+    def middle(self) -> float:
+        """The median of `seconds`."""
+        return statistics.median(self.seconds)
+
+    def over(self, other: Speed) -> float:
+        """How long a sample takes, the other's being 1: the median over turns that lie side by side."""
+        pairs = zip(self.seconds, other.seconds, strict=True)
+        return statistics.median(a / b for a, b in pairs) * other.samples / self.samples
+
+
+class Turns:
+    """A training that is held open."""
+
+    def __init__(self, made: Trainer, steps: Iterator[Any]) -> None:
+        self.made, self.steps = made, steps
+        self.seconds: list[float] = []
+        began = time.perf_counter()
+        next(steps)
+        made.ctx.run.devices.synchronize()
+        self.first = time.perf_counter() - began
+
+    def take(self, count: int) -> None:
+        """Some steps, with the device's work."""
+        began = time.perf_counter()
+        for _ in range(count):
+            next(self.steps)
+        self.made.ctx.run.devices.synchronize()
+        self.seconds.append((time.perf_counter() - began) / count)
+
+    def speed(self, per_step: tuple[float, float]) -> Speed:
+        """What was measured."""
+        return Speed(tuple(self.seconds), *per_step, self.first)
+
+
+def bench(
+    config: TrainingConfig,
+    *,
+    steps: int = 10,
+    turns: int = 5,
+    advice: bool = True,
+    say: Callable[[str], None] = _said.info,
+) -> Report:
+    """Measure a configuration: a loop by hand, the engine alone, the engine with its callbacks, and changes that may be faster.
+
+    Every training starts from the same weights and data. Nothing of it stays, and the configuration's runs are not touched.
+
+    Args:
+        config: one that names its model and data.
+        steps: of one turn.
+        turns: of each training; one more, before, is not counted.
+        advice: whether to try changes.
+        say: is told what is being measured.
+
+    Raises:
+        DrivetrainError: for whatever the run itself could not do, and with several processes.
+    """
+    if config.model is None or config.data is None:
+        raise DrivetrainError("bench needs a configuration that names its model and its data, as `drivetrain train` does.")
+    folder = Path(tempfile.mkdtemp(prefix="drivetrain-bench-"))
+    try:
+        with warnings.catch_warnings(), _quiet(say) as say:
+            warnings.simplefilter("ignore")
+            return _bench(config, steps, turns, advice, say, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet(say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """Let what the callbacks print go nowhere; `say` still speaks as before."""
+    out, err = sys.stdout, sys.stderr
+
+    def aloud(text: str) -> None:
+        with redirect_stdout(out), redirect_stderr(err):
+            say(text)
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield aloud
+
+
+def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Callable[[str], None], folder: Path) -> Report:
+    say("the loop by hand, the engine, and the engine with your callbacks")
+    made = {
+        RAW: trainer(config, folder / "raw", False),
+        BARE: trainer(config, folder / "bare", False),
+        WATCHED: trainer(config, folder / "watched", True),
+    }
+    if made[BARE].ctx.strategy.world_size > 1:
+        raise DrivetrainError("bench measures one process; start it without a launcher.")
+    context = made[BARE].ctx
+    facts: dict[str, Any] = {
+        "device": context.run.devices.name,
+        "precision": context.precision.name,
+        "parameters": sum(p.numel() for p in made[BARE].model.parameters()),
+        "torch": str(torch.__version__),
+    }
+    speeds, losses = _take_turns({name: _started(name, one) for name, one in made.items()}, steps, turns)
+    del made, context
+    parts = _goodput(config, folder / "goodput", steps * turns, say)
+    found = []
+    waiting = parts.get("data wait", 0.0) / (sum(parts.values()) or 1.0)
+    for change in changes(config, facts["precision"], facts["device"], waiting) if advice else ():
+        say(f"with {change}")
+        found.append(_try(config, change, steps, turns, folder))
+    return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))))
+
+
+def _started(name: str, made: Trainer) -> Turns:
+    return Turns(made, by_hand(made) if name == RAW else by_engine(made))
+
+
+def _take_turns(running: Mapping[str, Turns], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
+    """The speeds, and the losses of as many steps of each; ends the trainings."""
+    names = list(running)
+    for index in range(turns + 1):
+        for name in names[index % len(names) :] + names[: index % len(names)]:
+            running[name].take(steps)
+    per_step = {name: _per_step(turn.made, name) for name, turn in running.items()}
+    for turn in running.values():
+        del turn.seconds[0]
+    engines = {name: turn for name, turn in running.items() if name != RAW}
+    losses = {name: float(turn.made.ctx.loss_tensor or 0.0) for name, turn in engines.items()}
+    example = next(iter(engines))
+    speeds = {name: turn.speed(per_step[example if name == RAW else name]) for name, turn in running.items()}
+    for turn in running.values():
+        turn.steps.close()  # type: ignore[attr-defined]
+    gc.collect()
+    return speeds, losses
+
+
+def _per_step(made: Trainer, name: str) -> tuple[float, float]:
+    """Samples and tokens of a step, as the engine counts them."""
+    ctx = made.ctx
+    done = max(1, ctx.step + ctx.skipped_steps)
+    return ctx.samples / done, ctx.tokens / done
+
+
+def _goodput(config: TrainingConfig, folder: Path, steps: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Seconds by part, with the configuration's callbacks; empty when drivetrain-goodput is not installed."""
+    if not is_installed("callback", "goodput"):
+        return {}
+    say("where the time goes")
+    named = [*config.callbacks, {"use": "goodput", "show": False}]
+    running = trainer(config, folder, True, callbacks=named).steps()
+    for _ in range(steps):
+        next(running)
+    running.close()  # type: ignore[attr-defined]
+    rows = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"]
+    return {name: seconds for row in rows for name, seconds in row["parts"].items() if name != "start"}
+
+
+def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder: Path) -> Advice:
+    """One change against the configuration as it is, in turns."""
+    try:
+        running = {
+            "as it is": Turns(base := trainer(config, folder / "base", False), base.steps()),
+            "changed": Turns(other := trainer(config, folder / "changed", False, **change.keys), other.steps()),
+        }
+        speeds, losses = _take_turns(running, steps, turns)
+    except Exception as error:  # whatever a change breaks is said beside it; the others are still of use
+        return Advice(str(change), None, f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:150]}")
+    finally:
+        gc.collect()
+    gain = 1 / speeds["changed"].over(speeds["as it is"])
+    notes = [change.note] if change.note else []
+    if change.rounds:
+        notes.append(f"loss {losses['changed']:.3f} instead of {losses['as it is']:.3f} after as many steps")
+    if (extra := speeds["changed"].first - speeds["as it is"].first) > 1:
+        notes.append(f"the first step takes {extra:.0f} s longer")
+    return Advice(str(change), gain, "; ".join(notes))

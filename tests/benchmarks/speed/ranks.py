@@ -1,0 +1,187 @@
+"""(f): several processes, Drivetrain against the script that one writes by hand, in turns within the same processes.
+
+    python tests/benchmarks/speed/ranks.py [--rounds 15] [--out FOLDER]
+
+Starts two processes of one thread each, with torchrun for DDP and FSDP and with mpirun for MPI. Both trainings of a strategy are held open
+and take turns of a few steps, with a barrier between turns. That they send the same collectives is counted by
+tests/e2e/test_collectives.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from report import environment, save
+from task import Task, build, data
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from drivetrain import Trainer, TrainingConfig
+
+TASKS = {
+    "mlp": Task(model="mlp", batch=32, steps=100_000, max_norm=0.0),
+    "gpt": Task(model="gpt", batch=4, layers=4, width=256, steps=100_000, max_norm=0.0),
+}
+TURN = {"mlp": 50, "gpt": 4}
+Steps = Iterator[Any]
+
+
+def batches(task: Task, rank: int, world: int) -> Iterator[list[torch.Tensor]]:
+    """This rank's batches for ever."""
+    tensors = data(task).tensors
+    while True:
+        for indices in torch.randperm(len(tensors[0])).split(task.batch * world)[:-1]:
+            mine = indices[rank * task.batch : (rank + 1) * task.batch]
+            yield [tensor[mine] for tensor in tensors]
+
+
+def script(task: Task, strategy: str, rank: int, world: int) -> Steps:
+    """By hand: wrapped or sharded, fused AdamW."""
+    model, loss = build(task)
+    wrapped: Any = model
+    if strategy == "ddp":
+        wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    elif strategy == "fsdp":
+        blocks = list(getattr(model, "blocks", []))
+        for index, block in enumerate(blocks):
+            fully_shard(block, reshard_after_forward=index < len(blocks) - 1)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=task.lr, weight_decay=task.weight_decay, fused=True)
+    parameters = list(wrapped.parameters())
+    reduce = over_mpi(parameters, world) if strategy == "mpi" else None
+    for x, y in batches(task, rank, world):
+        loss(wrapped(x), y).backward()
+        if reduce is not None:
+            reduce()
+        optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+
+
+def over_mpi(parameters: list[nn.Parameter], world: int) -> Callable[[], None]:
+    """One Allreduce of all gradients after backward, as scripts with mpi4py do."""
+    from mpi4py import MPI
+
+    def reduce() -> None:
+        flat = torch.cat([p.grad.reshape(-1) for p in parameters if p.grad is not None])
+        MPI.COMM_WORLD.Allreduce(MPI.IN_PLACE, flat, op=MPI.SUM)
+        for parameter, part in zip(parameters, flat.div_(world).split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    return reduce
+
+
+def engine(task: Task, strategy: str) -> Steps:
+    """The same by Drivetrain."""
+    model, loss = build(task)
+    config = TrainingConfig(
+        max_duration=f"{task.steps}st",
+        per_device_batch_size=task.batch,
+        max_grad_norm=None,
+        distributed=strategy,
+        precision="fp32",
+        device="cpu",
+        optimizer={"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay, "decay": "all"},
+        scheduler="constant",
+        standard_callbacks=False,
+        log_interval=f"{task.steps}st",
+        dataloader={"drop_last": True},
+    )
+    return Trainer(model, config, data(task), loss=loss).steps()
+
+
+def turns(task: Task, strategy: str, rounds: int, barrier: Callable[[], None], rank: int, world: int) -> dict[str, list[float]]:
+    """Seconds of each turn."""
+    running = {"script": script(task, strategy, rank, world), "drivetrain": engine(task, strategy)}
+    length = TURN[task.model]
+    seconds: dict[str, list[float]] = {name: [] for name in running}
+    for index in range(rounds + 1):
+        for name in running if index % 2 else reversed(running):
+            barrier()
+            began = time.perf_counter()
+            for _ in range(length):
+                next(running[name])
+            barrier()
+            if index:
+                seconds[name].append((time.perf_counter() - began) / length)
+    return seconds
+
+
+def work(strategy: str, rounds: int, toy: bool, target: Path) -> None:
+    """One process of several."""
+    torch.set_num_threads(1)
+    if strategy == "mpi":
+        from mpi4py import MPI
+
+        rank, world, barrier = MPI.COMM_WORLD.Get_rank(), MPI.COMM_WORLD.Get_size(), MPI.COMM_WORLD.Barrier
+    else:
+        dist.init_process_group("gloo")
+        rank, world, barrier = dist.get_rank(), dist.get_world_size(), dist.barrier
+    rows = {}
+    for name, task in TASKS.items():
+        small = replace(task, batch=2, width=32, context=32) if toy else task
+        rows[name] = turns(small, strategy, rounds, barrier, rank, world)
+    if rank == 0:
+        target.write_text(json.dumps(rows))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def start(strategy: str, rounds: int, toy: bool) -> dict[str, Any]:
+    """Two processes of this file; what the first one measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "rows.json"
+        mine = [str(Path(__file__)), "--work", strategy, "--rounds", str(rounds), "--target", str(target), *(["--toy"] * toy)]
+        if strategy == "mpi":
+            mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") or "mpirun"
+            command = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *mine]
+        else:
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *mine]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+        rows: dict[str, Any] = json.loads(target.read_text())
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp", "mpi"])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks"))
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    rounds = 1 if given.toy else given.rounds
+    if given.work:
+        work(given.work, rounds, given.toy, given.target)
+        return
+    rows: dict[str, Any] = {}
+    print("| | model | script, ms/step | drivetrain, ms/step | speed, script = 1 |\n| --- | --- | --- | --- | --- |")
+    for strategy in given.strategies:
+        for name, seconds in start(strategy, rounds, given.toy).items():
+            speed = statistics.median(s / d for s, d in zip(seconds["script"], seconds["drivetrain"], strict=True))
+            middle = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
+            rows[f"{strategy} {name}"] = {"ms_per_step": middle, "speed": speed}
+            print(f"| {strategy} | {name} | {middle['script']:.2f} | {middle['drivetrain']:.2f} | {speed:.3f} |", flush=True)
+    save(given.out, "ranks", {"rows": rows, "rounds": rounds, "environment": environment()})
+
+
+if __name__ == "__main__":
+    main()

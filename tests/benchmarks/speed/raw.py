@@ -1,0 +1,56 @@
+"""Loops without an engine: as one knows them from tutorials, and as one writes them when each microsecond counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from task import Task, Timed, build, data, loader, optimizer, schedule
+from torch import nn
+
+DISTRIBUTIONS = ("torch",)
+
+
+def textbook(task: Task) -> Timed:
+    """DataLoader, AdamW as it comes, `clip_grad_norm_`, LambdaLR, `zero_grad`."""
+    task = replace(task, best=False)
+    model, loss = build(task)
+    made = optimizer(model, task)
+    rate = schedule(made, task)
+    step = 0
+    while step < task.steps:
+        for x, y in loader(task):
+            made.zero_grad()
+            loss(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), task.max_norm)
+            made.step()
+            rate.step()
+            step += 1
+            if step == task.steps:
+                break
+    return model
+
+
+def tuned(task: Task) -> Timed:
+    """Fused AdamW, lists of parameters made once, whole batches by index, the rate written as a number."""
+    task = replace(task, best=True)
+    model, loss = build(task)
+    made = optimizer(model, task)
+    parameters, group = list(model.parameters()), made.param_groups[0]
+    tensors = data(task).tensors
+    generator = torch.Generator().manual_seed(task.seed)
+    size = len(tensors[0]) // task.batch * task.batch
+    step = 0
+    while step < task.steps:
+        for indices in torch.randperm(len(tensors[0]), generator=generator)[:size].split(task.batch):
+            x, y = (tensor[indices] for tensor in tensors)
+            group["lr"] = task.lr * (1 - step / task.steps)
+            loss(model(x), y).backward()
+            nn.utils.clip_grad_norm_(parameters, task.max_norm, foreach=True)
+            made.step()
+            for parameter in parameters:
+                parameter.grad = None
+            step += 1
+            if step == task.steps:
+                break
+    return model

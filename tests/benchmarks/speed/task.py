@@ -1,0 +1,213 @@
+"""What every engine is given: the same model, data, optimizer and number of steps. Nothing here belongs to one of them.
+
+The model's own forward keeps the time, so that no engine needs a hook for it: the clock runs from the forward of step `warmup` to
+that of the last step, over whole steps.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training.
+
+    Attributes:
+        model: "mlp" (32-32-1) or "gpt".
+        best: the engine's best documented settings, equal for all; else what it does by itself.
+        steps: optimizer updates, of which the first `warmup` are not timed.
+        folder: where an engine may write.
+    """
+
+    model: str = "mlp"
+    best: bool = True
+    steps: int = 1000
+    warmup: int = 50
+    batch: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    max_norm: float = 1.0
+    seed: int = 0
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    context: int = 128
+    folder: str = "."
+
+    @property
+    def per_step(self) -> int:
+        """Samples of a step, or its tokens."""
+        return self.batch * (self.context if self.model == "gpt" else 1)
+
+
+class Timed(nn.Module):
+    """A model that knows when its forwards began."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.begins, self.ends = task.warmup, task.steps - 1
+        self.passes, self.began, self.ended = 0, 0.0, 0.0
+
+    def tick(self) -> None:
+        """A training forward begins."""
+        if self.passes == self.begins:
+            self.began = time.perf_counter()
+        elif self.passes == self.ends:
+            self.ended = time.perf_counter()
+        self.passes += 1
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Between the two forwards."""
+        return (self.ended - self.began) / (self.ends - self.begins)
+
+
+class Mlp(Timed):
+    """Three small layers: what is left of a step is the engine."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task)
+        self.hidden, self.out = nn.Linear(32, 32), nn.Linear(32, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, 32] to [batch, 1]."""
+        if self.training:
+            self.tick()
+        return self.out(F.relu(self.hidden(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, width] to the same."""
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.proj(mixed)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Gpt(Timed):
+    """A small GPT over bytes, GPT-2's layout."""
+
+    def __init__(self, task: Task, vocabulary: int = VOCABULARY) -> None:
+        super().__init__(task)
+        self.tokens, self.positions = nn.Embedding(vocabulary, task.width), nn.Embedding(task.context, task.width)
+        self.blocks = nn.ModuleList(Block(task.width, task.heads) for _ in range(task.layers))
+        self.norm, self.head = nn.LayerNorm(task.width), nn.Linear(task.width, vocabulary, bias=False)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Ids [batch, time] to logits [batch, time, vocabulary]."""
+        if self.training:
+            self.tick()
+        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(self.norm(hidden))
+        return logits
+
+
+def mse(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared error."""
+    return F.mse_loss(outputs, targets)
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean over tokens, in nats."""
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def build(task: Task) -> tuple[Timed, Any]:
+    """The model with its first weights, and the loss function."""
+    torch.manual_seed(task.seed)
+    return (Mlp(task), mse) if task.model == "mlp" else (Gpt(task), cross_entropy)
+
+
+@cache
+def text() -> Tensor:
+    """Bytes of Python's standard library, as much as any of the tasks needs."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    joined = b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py"))[:120])
+    return torch.frombuffer(bytearray(joined), dtype=torch.uint8).long()
+
+
+def data(task: Task, held_out: bool = False) -> TensorDataset:
+    """In memory: pairs of inputs and targets."""
+    if task.model == "mlp":
+        generator = torch.Generator().manual_seed(1 + held_out)
+        x = torch.randn(task.batch * 256, 32, generator=generator)
+        return TensorDataset(x, x[:, :4].sin().sum(1, keepdim=True))
+    rows = text().unfold(0, task.context + 1, task.context)
+    rows = rows[-64:] if held_out else rows[:-64]
+    return TensorDataset(rows[:, :-1].clone(), rows[:, 1:].clone())
+
+
+class Whole(Dataset[Any]):
+    """The same data for `DataLoader(..., collate_fn=whole)`: a batch is fetched at once, as torch's `__getitems__` allows."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        return tuple(tensor[indices] for tensor in self.tensors)
+
+
+def whole(batch: Any) -> Any:
+    """What `Whole` fetched is a batch already."""
+    return batch
+
+
+def loader(task: Task) -> Any:
+    """What a person writes, or the fastest that torch's DataLoader has for tensors in memory."""
+    generator = torch.Generator().manual_seed(task.seed)
+    given: dict[str, Any] = {"batch_size": task.batch, "shuffle": True, "generator": generator, "drop_last": True}
+    if task.best:
+        return torch.utils.data.DataLoader(Whole(data(task).tensors), collate_fn=whole, **given)
+    return torch.utils.data.DataLoader(data(task), **given)
+
+
+def optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
+    """AdamW as the task says; `fused` where the best is wanted, which is not torch's default on a CPU."""
+    fused = {"fused": True} if task.best else {}
+    return torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=task.weight_decay, **fused)
+
+
+def schedule(optimizer: torch.optim.Optimizer, task: Task) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear to zero."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / task.steps))
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, loss: Any, task: Task) -> float:
+    """In fp32, whatever the model was trained in."""
+    x, y = data(task, held_out=True).tensors
+    model.eval()
+    return float(loss(model.float()(x[:64]), y[:64]))

@@ -1,0 +1,46 @@
+"""Drivetrain: bare, with the usual callbacks, and as it comes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from task import Task, Timed, build, data
+
+from drivetrain import Trainer, TrainingConfig
+
+DISTRIBUTIONS = ("drivetrain-core",)
+WATCHED: list[Any] = [  # "progress, logging every 50, checkpoint and early stopping"
+    "progress",
+    {"use": "logging", "trackers": ["jsonl", "tensorboard"]},
+    {"use": "checkpoint", "every": "100000st", "save_at_end": False},
+    {"use": "early_stopping", "monitor": "train/loss", "patience": 1_000_000},
+]
+
+
+def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
+    """With the best settings of the task and nothing that listens, unless `callbacks` are given; else all defaults."""
+    model, loss = build(task)
+    common: dict[str, Any] = {
+        "seed": task.seed,
+        "max_duration": f"{task.steps}st",
+        "per_device_batch_size": task.batch,
+        "dataloader": {"drop_last": True},
+        "scheduler": "linear",
+        "max_grad_norm": task.max_norm,
+        "output_dir": task.folder,
+        "resume": "never",
+        "device": "cpu",
+    }
+    adamw: dict[str, Any] = {"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay}
+    if task.best:
+        interval = f"{50 if callbacks else task.steps}st"
+        common |= {"precision": "fp32", "standard_callbacks": False, "callbacks": callbacks or [], "log_interval": interval}
+        adamw["decay"] = "all"  # one group of parameters, as everybody else has
+    config = TrainingConfig(optimizer=adamw, **common)
+    Trainer(model, config, data(task), loss=loss).train()
+    return model
+
+
+def train_watched(task: Task) -> Timed:
+    """With progress, logging every 50 steps, checkpoint and early stopping."""
+    return train(task, WATCHED)

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from drivetrain import Callback, CallbackContext, Component, DrivetrainError, TrainingConfig, component
+from drivetrain.rng import mix, seed_all
+from drivetrain_bench import Report, Speed, bench
+from drivetrain_bench.advice import Change, changes
+from drivetrain_bench.command import Bench
+from drivetrain_bench.loops import by_engine, by_hand, trainer
+from drivetrain_bench.report import Advice
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.layers(x) - y).square().mean()
+
+
+class Rows(TensorDataset):
+    def __getitem__(self, index: int) -> Any:
+        x, y = super().__getitem__(index)
+        return {"x": x, "y": y}
+
+
+@component
+class Model(Component):
+    kind: ClassVar[str] = "model"
+
+    def make_model(self, ctx: CallbackContext) -> nn.Module:
+        return Net()
+
+
+@component
+class Data(Component):
+    kind: ClassVar[str] = "dataset"
+
+    def make_dataset(self, ctx: CallbackContext) -> Any:
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        return Rows(x, x.sum(1, keepdim=True))
+
+
+def config(**more: Any) -> TrainingConfig:
+    given: dict[str, Any] = {"model": Model(), "data": Data(), "max_duration": "1ep", "per_device_batch_size": 8}
+    given |= {"optimizer": {"use": "adamw", "lr": 0.01}, "precision": "fp32", "device": "cpu", "standard_callbacks": False}
+    return TrainingConfig(**(given | more))
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "max_grad_norm": False}, {"precision": "bf16"}])
+def test_the_loop_by_hand_does_the_same_work(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Bit by bit, over the end of an epoch; were it to leave something out, the comparison would be unfair."""
+    weights = []
+    for name, loop in (("hand", by_hand), ("engine", by_engine)):
+        made = trainer(config(**more), tmp_path / name, False)
+        if name == "hand":  # the engine seeds its steps by itself
+            seed_all(mix(made.config.seed, 0), made.ctx.device)
+        steps = loop(made)
+        for _ in itertools.islice(steps, 11):
+            pass
+        weights.append(torch.cat([p.detach().flatten() for p in made.model.parameters()]))
+        steps.close()  # type: ignore[attr-defined]
+    assert torch.equal(*weights)
+    fresh = trainer(config(**more), tmp_path / "fresh", False)
+    assert not torch.equal(weights[0], torch.cat([p.detach().flatten() for p in fresh.model.parameters()]))
+
+
+def test_a_report_has_all_that_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling, which takes long, is left out here."""
+    monkeypatch.setattr(
+        "drivetrain_bench.measure.changes", lambda *given: (c for c in changes(*given) if "compile" not in c.text)
+    )
+    said: list[str] = []
+    report = bench(config(output_dir=tmp_path / "runs"), steps=2, turns=2, say=said.append)
+    assert list(report.speeds) == ["loop by hand", "engine, no callbacks", "engine, your callbacks"]
+    assert all(len(speed.seconds) == 2 and speed.samples == 8 for speed in report.speeds.values())
+    assert report.ratio("loop by hand") == 1.0
+    assert 0.01 < report.ratio("engine, no callbacks") < 100
+    tried = [text.removeprefix("with ") for text in said if text.startswith("with ")]
+    assert tried and sorted(tried) == sorted(row.change for row in report.advice)
+    text = str(report)
+    assert "× by hand" in text and "what would be faster" in text
+    assert not (tmp_path / "runs").exists(), "the configuration's own runs are left alone"
+    assert json.loads(json.dumps(report.plain()))["facts"]["precision"] == "fp32"
+
+
+@component
+class Chatty(Callback):
+    """Counts, and prints."""
+
+    seen: ClassVar[list[int]] = []
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        self.seen.append(ctx.step)
+        print("chatty")
+
+
+def test_callbacks_take_part_in_one_of_three_and_are_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    Chatty.seen.clear()
+    bench(config(callbacks=[Chatty()]), steps=3, turns=1, advice=False)
+    assert Chatty.seen[:7] == list(range(1, 8)), "the first step, a turn to warm up and one that counts"
+    assert Chatty.seen[7:] in ([], [1, 2, 3]), "once more for where the time goes, with drivetrain-goodput"
+    assert "chatty" not in capsys.readouterr().out
+
+
+def test_a_change_that_does_not_run_is_said_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = [Change("precision = 'none such'", {"precision": "none such"}), Change("the same", {"seed": 1}, rounds=True)]
+    monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter(tried))
+    broken = {row.change: row for row in bench(config(), steps=1, turns=1).advice}
+    assert broken["precision = 'none such'"].gain is None
+    assert "none such" in broken["precision = 'none such'"].note
+    same = broken["the same"]
+    assert same.gain is not None and same.gain > 0 and "after as many steps" in same.note
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, ["per_device_batch_size = 16"]),
+        ({"gradient_accumulation_steps": 4}, ["per_device_batch_size = 16, gradient_accumulation_steps = 2"]),
+        ({"global_batch_size": 32}, ["per_device_batch_size = 16"]),
+        ({"global_batch_size": 24}, []),
+        ({"gradient_accumulation_steps": 3}, ["per_device_batch_size = 16"]),
+    ],
+)
+def test_batches_that_are_tried(more: dict[str, Any], expected: list[str]) -> None:
+    found = [str(change) for change in changes(config(compile=True, **more), "bf16", "cpu", 0.0)]
+    assert found == expected
+
+
+def test_other_changes_that_are_tried() -> None:
+    def texts(waiting: float = 0.0, precision: str = "bf16", **more: Any) -> Iterator[str]:
+        return (change.text.partition(" =")[0] for change in changes(config(**more), precision, "cpu", waiting))
+
+    assert "compile" in texts() and "compile" not in texts(compile=True)
+    assert "precision" in texts(precision="fp32") and "precision" not in texts()
+    assert "dataloader.num_workers" in texts(0.5) and "dataloader.num_workers" not in texts(0.001)
+    assert "activation_checkpointing" in texts(activation_checkpointing=True)
+
+
+def test_numbers_become_advice_in_words() -> None:
+    fast, slow = Speed((1.0, 1.0), 8, 0, 1.0), Speed((2.0, 4.0), 16, 0, 1.0)
+    assert slow.over(fast) == 1.5, "of each sample: (2 + 4) / 2 over twice the samples"
+    rows = (Advice("a", 1.5, "note"), Advice("b", 1.01), Advice("c", None, "fails: X"))
+    facts = {"device": "cpu", "precision": "fp32", "parameters": 1e6, "torch": "2"}
+    text = str(Report(facts, {"loop by hand": fast}, {}, {"forward and backward": 3.0, "rest": 1.0}, rows))
+    assert "1.50 × with a (note)" in text and "no gain from b: 1.01 ×" in text and "no gain from c: fails: X" in text
+    assert "forward and backward          75.0 %" in text
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(DrivetrainError, match="names its model and its data"):
+        bench(TrainingConfig())
+    file = tmp_path / "run.toml"
+    file.write_text("seed = 1\n")
+    parser = argparse.ArgumentParser()
+    Bench().add_arguments(parser)
+    with pytest.raises(DrivetrainError, match="at least 1"):
+        Bench().run(parser.parse_args([str(file), "--steps", "0"]))
