@@ -389,11 +389,7 @@ class Loop:
     def _end_epoch(self, start: tuple[int, int]) -> None:
         ctx = self.ctx
         if ctx.step_in_epoch == 0:
-            raise DataError(
-                "the data gave no batch in epoch "
-                f"{ctx.epoch}. An iterator that can be read only once cannot serve a second epoch: give a data set, or an "
-                "iterable that starts anew, or a max_duration within one pass."
-            )
+            raise DataError(_no_batch(ctx.epoch))
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
@@ -454,6 +450,18 @@ def _positive(weight: Tensor | float) -> Tensor | float:
 
 def _at_least_one(weight: Tensor | float) -> Tensor | float:
     return weight.detach().clamp(min=1.0) if isinstance(weight, Tensor) else max(weight, 1.0)
+
+
+def _no_batch(epoch: int) -> str:
+    if epoch == 0:
+        return (
+            "train data: the stream gave no batch, so nothing can be trained on. Look at where its samples come from; "
+            "dataloader.drop_last leaves out a last batch that is not full."
+        )
+    return (
+        f"the data gave no batch in epoch {epoch}. An iterator that can be read only once cannot serve a second epoch: give a "
+        "data set, or an iterable that starts anew, or a max_duration within one pass."
+    )
 
 
 def _no_gradient(parameters: Sequence[nn.Parameter]) -> str:

@@ -245,16 +245,27 @@ class Trainer:
             if self.config.run_name is None:
                 self.config.run_name = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
             path = self._named_dir()
-            try:
+            with self._blaming_output_dir():
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                message = f"the run directory {path} cannot be made: {error.strerror or error}. Choose another output_dir."
-                raise ConfigError([Problem("output_dir", message)]) from error
             self._run_dir = path
         return self._run_dir
 
     def _named_dir(self) -> Path:
         return self.config.output_dir / str(self.config.run_name)
+
+    @contextmanager
+    def _blaming_output_dir(self) -> Iterator[None]:
+        """Name the key and the remedy when the run's directory, or a file in it, cannot be made."""
+        try:
+            yield
+        except OSError as error:
+            path = self._named_dir()
+            run_dir, file = Path(os.path.abspath(path)), Path(os.path.abspath(os.fsdecode(error.filename or "/")))
+            if error.filename is None or not (file.is_relative_to(run_dir) or run_dir.is_relative_to(file)):
+                raise
+            what = f"written to ({file.name})" if file.is_relative_to(run_dir) and file != run_dir else "made"
+            message = f"the run directory {path} cannot be {what}: {error.strerror}. Choose another output_dir."
+            raise ConfigError([Problem("output_dir", message)]) from error
 
     def plugins(self) -> list[str]:
         """The names of the run's components, in the order of their calls."""
@@ -407,7 +418,8 @@ class Trainer:
         if not ctx.model.training:
             ctx.model.train()
         if run.events.run_start is not None:
-            run.events.run_start(ctx)
+            with self._blaming_output_dir():
+                run.events.run_start(ctx)
         run.agenda.replan()
         if ctx.config.eval_at_start and ctx.step == 0:
             run.evaluate_as_planned()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import errno
 import pstats
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,9 +16,9 @@ import pluggy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from drivetrain import Callback, CallbackContext, DataError, Loss, ModelError, Trainer, TrainingConfig
+from drivetrain import Callback, CallbackContext, ConfigError, DataError, Loss, ModelError, Trainer, TrainingConfig
 from drivetrain.data import Split, make_source
 
 
@@ -544,6 +546,38 @@ def test_an_iterator_that_is_used_up_is_named() -> None:
     pairs = ((x, y) for x, y in zip(*regression(8).tensors, strict=True))
     with pytest.raises(DataError, match="no batch in epoch 1"):
         Trainer(model, config(), pairs, loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+
+
+def test_a_stream_without_samples_is_named_before_any_update() -> None:
+    class Nothing(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(())
+
+    model = mlp()
+    with pytest.raises(DataError, match="train data: the stream gave no batch, so nothing can be trained on"):
+        Trainer(model, config(), Nothing(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_run_directory_that_cannot_be_written_is_named_with_its_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    class Write(Callback):
+        def on_run_start(self, ctx: CallbackContext) -> None:
+            (ctx.run_dir / "metrics.jsonl").open("a")
+
+    def refuse(path: Path, *_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open" if exists else "mkdir", refuse)  # not by their modes: root may write anywhere
+    model = mlp()
+    cfg, optimizer = config(output_dir=tmp_path / "runs", run_name="a"), torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, callbacks=[Write()])
+    what = "written to (metrics.jsonl)" if exists else "made"
+    said = f"output_dir: the run directory .*runs/a cannot be {re.escape(what)}: Permission denied. Choose another output_dir"
+    with pytest.raises(ConfigError, match=said):
+        trainer.train()
+    assert trainer.ctx.step == 0
 
 
 def test_evaluation_weighs_every_sample_once_and_disturbs_nothing() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drivetrain import Component, DataError, component, option
+from drivetrain import Component, ConfigError, Problem, component, option
 from drivetrain_lm.options import between
 
 if TYPE_CHECKING:
@@ -94,34 +94,42 @@ class TextComponent(Component):
             chosen = held_out_names(names, self.held_out)
             text = _read([root / name for name in names if (name in chosen) == held_out], self.max_bytes)
         if len(text) <= self.context:
-            part, remedy = ("held-out ", ", raise held_out or set it to 0") if held_out else ("", "")
-            raise DataError(
-                f"text: the {part}files of path {self.path!r} hold {len(text)} bytes, less than one window of context + 1 = "
-                f"{self.context + 1}. Lower context{remedy}."
-            )
+            raise ConfigError([self._too_little(len(text), held_out, len(names))])
         return TextDataset(torch.frombuffer(text, dtype=torch.uint8), self.context)
+
+    def _too_little(self, size: int, held_out: bool, files: int) -> Problem:
+        if size == 0 and not held_out:
+            what = "the file is" if files == 1 else f"all {files} files are"
+            return Problem("path", f"{what} empty at {self.path!r}. Give another path.")
+        part, remedy = ("held-out ", ", raise held_out or set it to 0") if held_out else ("", "")
+        said = f"the {part}files of path {self.path!r} hold {size} bytes, less than one window of context + 1 = {self.context + 1}."
+        return Problem("context", f"{said} Lower it{remedy}.")
 
 
 def find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
     """The folder that `path` means and the files to read, relative to it, with forward slashes, sorted.
 
     Raises:
-        DataError: when nothing is there, or no file matches.
+        ConfigError: when nothing is there, or no file matches.
     """
     if path == STDLIB:
         root, wanted = Path(sysconfig.get_path("stdlib")), "**/*.py"
     else:
         root, wanted = _root_and_glob(Path(path).expanduser(), pattern)
     if not root.exists():
-        raise DataError(f"text: nothing is at path {path!r}. Give a file, a folder, a glob or {STDLIB!r}.")
+        raise _wrong_path(f"nothing is at {path!r}. Give a file, a folder, a glob or {STDLIB!r}.")
     if root.is_file():
         return root.parent, [root.name]
     names = sorted(found.relative_to(root).as_posix() for found in root.glob(wanted) if found.is_file())
     if path == STDLIB:
         names = [name for name in names if _is_library(name)]
     if not names:
-        raise DataError(f"text: no file matches {wanted!r} in path {path!r}. Set pattern (for a folder) or another path.")
+        raise _wrong_path(f"no file matches {wanted!r} in {path!r}. Set pattern (for a folder) or another path.")
     return root, names
+
+
+def _wrong_path(message: str) -> ConfigError:
+    return ConfigError([Problem("path", message)])
 
 
 def _root_and_glob(path: Path, pattern: str) -> tuple[Path, str]:
@@ -156,7 +164,7 @@ def _read(files: Sequence[Path], limit: int | None) -> bytearray:
             with file.open("rb") as stream:
                 text += stream.read(-1 if limit is None else limit - len(text))
         except OSError as error:
-            raise DataError(f"text: {file} cannot be read: {error.strerror or error}.") from error
+            raise _wrong_path(f"{file} cannot be read: {error.strerror or error}.") from error
         if limit is not None and len(text) >= limit:
             break
     return text

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from drivetrain import ConfigError, DataError, TrainingConfig
+from drivetrain import ConfigError, Trainer, TrainingConfig
 from drivetrain_lm import TextComponent, TextDataset
 from drivetrain_lm.text import find_files, held_out_names
 
@@ -139,16 +139,17 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"path": "nowhere"}, "nothing is at path 'nowhere'"),
-            ({"path": "nowhere/*.txt"}, r"nothing is at path \'nowhere/\*.txt\'"),
-            ({"path": ".", "pattern": "*.none"}, r"no file matches '\*\*/\*.none' in path '.'. Set pattern"),
+            ({"path": "nowhere"}, "path: nothing is at 'nowhere'"),
+            ({"path": "nowhere/*.txt"}, r"path: nothing is at \'nowhere/\*.txt\'"),
+            ({"path": ".", "pattern": "*.none"}, r"path: no file matches '\*\*/\*.none' in '.'. Set pattern"),
+            ({"path": "empty.txt"}, "path: the file is empty at 'empty.txt'. Give another path"),
             (
                 {"path": ".", "context": 99999},
-                r"the files of path '.' hold \d+ bytes, less than one window of context \+ 1 = 100000",
+                r"context: the files of path '.' hold \d+ bytes, less than one window of context \+ 1 = 100000. Lower it.",
             ),
             (
                 {"path": "part0", "context": 700, "held_out": 0.01},
-                "the held-out files .* Lower context, raise held_out or set it to 0",
+                "context: the held-out files .* Lower it, raise held_out or set it to 0",
             ),
         ],
     )
@@ -156,15 +157,29 @@ class TestFiles:
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], said: str
     ) -> None:
         monkeypatch.chdir(folder)
-        with pytest.raises(DataError, match=said):
+        (folder / "empty.txt").touch()
+        with pytest.raises(ConfigError, match=said):
             parts(**options)
+
+    def test_a_run_says_which_key_of_the_configuration_is_wrong(self, folder: Path) -> None:
+        small = {"use": "gpt", "layers": 1, "heads": 1, "width": 4, "context": 4}
+        nowhere, here = {"use": "text", "path": "nowhere"}, {"use": "text", "path": str(folder), "context": 4}
+        for data, eval_data, key in (
+            (nowhere, None, "data"),
+            (here, nowhere, "eval_data"),
+            ({**here, "context": 10**6}, None, "data"),
+        ):
+            with pytest.raises(ConfigError) as caught:
+                Trainer(None, TrainingConfig(model=small, data=data, eval_data=eval_data))
+            (problem,) = caught.value.problems
+            assert problem.path == f"{key}.text.{'path' if nowhere in (data, eval_data) else 'context'}"
 
     def test_an_unreadable_file(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: Any) -> None:
             raise PermissionError(errno.EACCES, "Permission denied")
 
         monkeypatch.setattr(Path, "open", refuse)  # not by its mode: root reads everything
-        with pytest.raises(DataError, match=r"file0\.txt cannot be read: Permission denied"):
+        with pytest.raises(ConfigError, match=r"file0\.txt cannot be read: Permission denied"):
             parts(path=str(folder), context=1)
 
     def test_the_standard_library(self) -> None:
