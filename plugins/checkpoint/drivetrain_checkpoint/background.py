@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from attrs import define, field, frozen
 
@@ -17,6 +17,9 @@ from drivetrain_checkpoint.find import find_checkpoints
 from drivetrain_checkpoint.format import Packed
 from drivetrain_checkpoint.staging import Staged
 from drivetrain_checkpoint.store import Store
+
+if TYPE_CHECKING:
+    from drivetrain_checkpoint.together import Together
 
 T = TypeVar("T")
 _NICENESS = 5  # gives way, but not so far that a busy machine makes the next save wait for this one
@@ -32,17 +35,18 @@ class Saved:
 
 @frozen
 class Work:
-    """One save and the rotation after it."""
+    """One save and the rotation after it; with `together`, what this process does of a save by all."""
 
     store: Store
     step: int
     keep_last: int | None
     best_step: int | None
+    together: Together | None = None
 
     def do(self, packed: Packed) -> Saved:
         """Write, then remove what has become too old."""
-        path = self.store.save_packed(packed, self.step)
-        if self.keep_last is None:
+        path = self.store.save_packed(packed, self.step) if self.together is None else self.together.write(packed)
+        if self.keep_last is None or (self.together is not None and self.together.rank):
             return Saved(path)
         best = [c.path for c in find_checkpoints(self.store.run_dir) if c.step == self.best_step][:1]
         return Saved(path, self.store.rotate_quietly(self.keep_last, keep={path, *best}))
@@ -60,6 +64,7 @@ class InFlight:
     step: int
     staged: Staged | None = None
     future: Future[Saved] = field(factory=Future)
+    together: Together | None = None  # a save in which every rank writes
 
     @property
     def has_ended(self) -> bool:

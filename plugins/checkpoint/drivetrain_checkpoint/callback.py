@@ -6,6 +6,7 @@ import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
@@ -18,9 +19,9 @@ from drivetrain_checkpoint.background import InFlight, Work, at_once, in_backgro
 from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 from drivetrain_checkpoint.files import Files
 from drivetrain_checkpoint.find import find_checkpoints
-from drivetrain_checkpoint.format import Tree, pack
+from drivetrain_checkpoint.format import Tree, pack, pack_own
 from drivetrain_checkpoint.lock import RunLock
-from drivetrain_checkpoint.ranks import on_every_rank, on_rank_0
+from drivetrain_checkpoint.ranks import is_divided, on_every_rank, on_rank_0
 from drivetrain_checkpoint.resume import Choice, choose
 from drivetrain_checkpoint.staging import Staging
 from drivetrain_checkpoint.store import Loaded, Store, load_checkpoint, probe
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
     from drivetrain import CallbackContext
+    from drivetrain_checkpoint.together import StrategyLayout
 
 SAVE_FILE = "SAVE"
 
@@ -90,6 +92,7 @@ class CheckpointCallback(Callback):
     _preempted: bool = attrs.field(default=False, init=False, repr=False)
     _in_flight: InFlight | None = attrs.field(default=None, init=False, repr=False)
     _staging: Staging = attrs.field(factory=Staging, init=False, repr=False)
+    _planning: Any = attrs.field(default=None, init=False, repr=False)  # a `Planning`, when each rank writes its part
     _changes_early: bool = attrs.field(default=False, init=False, repr=False)
     _store: Store | None = attrs.field(default=None, init=False, repr=False)
     _lock: RunLock | None = attrs.field(default=None, init=False, repr=False)
@@ -110,7 +113,7 @@ class CheckpointCallback(Callback):
         if found is None:
             return
         path, origin, begins = found
-        loaded = on_every_rank(ctx, lambda: load_checkpoint(path) if chosen is None else chosen.loaded)
+        loaded = on_every_rank(ctx, lambda: load_checkpoint(path, verified=False) if chosen is None else chosen.loaded)
         self._take(ctx, loaded)
         if begins:
             self.started_from = origin
@@ -123,9 +126,12 @@ class CheckpointCallback(Callback):
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Find out before the first step what the first save would: a disk that refuses, a state that cannot be stored."""
         self._running, self._preempted, self._is_due = True, False, False
-        tree = ctx.state_dict()
+        tree = ctx.state_dict(own=is_divided(ctx))
         changing = [name for event in _BEFORE_THE_STEP for name in ctx.trainer.listeners().get(event, [])]
         self._changes_early = any(name.startswith("optimizer:") for name in changing)
+        if is_divided(ctx):
+            layout = _layout_of(ctx)
+            on_every_rank(ctx, lambda: pack_own(tree, layout))
         self._unlocked = not on_rank_0(ctx, lambda: self._prepare(ctx, tree))
 
     @hook(tryfirst=True)
@@ -153,6 +159,8 @@ class CheckpointCallback(Callback):
         """Look for a request to save; with several ranks, all of them learn how a save in the background went."""
         flying = self._in_flight
         ended, asked = on_rank_0(ctx, lambda: (flying is not None and flying.has_ended, self._is_asked_for(ctx)))
+        if flying is not None and flying.together is not None and not ended:
+            ended = flying.together.has_failed(flying.future, ctx.strategy.gather)
         if ended:
             self._land(ctx)
         self._is_due = self._is_due or asked  # saved when the other listeners and the evaluation of this step are through
@@ -199,21 +207,24 @@ class CheckpointCallback(Callback):
     # -- saving ----------------------------------------------------------------------------------------------------------
 
     def _save(self, ctx: CallbackContext, last: bool = False) -> None:
-        """Save, unless this very state has been. Every rank takes part in gathering the state, one writes it."""
+        """Save, unless this very state has been. Rank 0 writes it, or every rank the parts that it has."""
         now = (ctx.step, ctx.skipped_steps)
         if now == self._saved_at and not self._is_due:
             return
         self._land(ctx)  # at most one at a time
         self._is_due, self._saved_at, self._versions = False, now, _versions(ctx.model)
         asynchronous = self.asynchronous and not last
-        tree, begun = ctx.state_dict(), InFlight(ctx.step)
+        if is_divided(ctx):
+            self._in_flight = self._start_together(ctx, asynchronous)
+        else:
+            tree, begun = ctx.state_dict(), InFlight(ctx.step)
 
-        def start() -> None:
-            nonlocal begun
-            begun = self._start(ctx, tree, asynchronous)
+            def start() -> None:
+                nonlocal begun
+                begun = self._start(ctx, tree, asynchronous)
 
-        on_rank_0(ctx, start)
-        self._in_flight = begun
+            on_rank_0(ctx, start)
+            self._in_flight = begun
         if not asynchronous:
             self._land(ctx)
 
@@ -232,11 +243,46 @@ class CheckpointCallback(Callback):
         staged = self._staging.copy(packed, _stepped(ctx.optimizer))
         return InFlight(step, staged, in_background(partial(work.do_staged, staged)))
 
+    def _start_together(self, ctx: CallbackContext, asynchronous: bool) -> InFlight:
+        """The same on every rank, each with its part of the state. Rank 0 makes the directory."""
+        from drivetrain_checkpoint.resharding import Planning
+        from drivetrain_checkpoint.together import Together, share_of
+
+        tree, layout, step, rank = ctx.state_dict(own=True), _layout_of(ctx), ctx.step, ctx.strategy.rank
+        packed, parts = on_every_rank(ctx, lambda: pack_own(tree, layout))
+        self._planning = self._planning or Planning()
+        share = self._planning.share(parts, rank, ctx.strategy.gather)
+        refused: list[CheckpointError] = []
+
+        def begin() -> Path | None:
+            try:
+                self._take_lock(ctx)
+                return self._store_of(ctx).begin(step)
+            except CheckpointError as error:
+                if not self._is_tolerated(error):
+                    raise
+                refused.append(error)
+                return None
+
+        directory = on_rank_0(ctx, begin)
+        if directory is None:
+            return InFlight(step, None, at_once(partial(_raise, refused[0])) if refused else Future())
+        store = self._store_of(ctx) if ctx.is_main else Store(directory.parent.parent, self.files, retries=self.retries)
+        together = Together(store, directory, step, rank, ctx.strategy.world_size)
+        mine = share_of(packed, share, rank)
+        work = Work(store, step, self.keep_last, self.best_step, together)
+        if not asynchronous:  # in the background all the same: rank 0 waits for the others' parts, and must hear of failures
+            return InFlight(step, None, in_background(partial(work.do, mine)), together)
+        staged = self._staging.copy(mine, _stepped(ctx.optimizer))
+        return InFlight(step, staged, in_background(partial(work.do_staged, staged)), together)
+
     def _land(self, ctx: CallbackContext) -> None:
         """Wait for the save in flight, and tell everybody; every rank comes here at the same time."""
         flying, self._in_flight = self._in_flight, None
         if flying is not None:
             flying.let_change()
+            if flying.together is not None:
+                flying.together.agree(flying.future, ctx.strategy.gather)
             self._announce(ctx, flying.step, on_rank_0(ctx, partial(self._judged, flying)))
 
     def _land_alone(self, ctx: CallbackContext) -> None:
@@ -244,6 +290,8 @@ class CheckpointCallback(Callback):
         flying, self._in_flight = self._in_flight, None
         if flying is not None and ctx.is_main:
             flying.let_change()
+            if flying.together is not None:
+                flying.together.hurry()
             self._announce(ctx, flying.step, self._judged(flying))
 
     def _judged(self, flying: InFlight) -> Path | None:
@@ -307,7 +355,8 @@ class CheckpointCallback(Callback):
 
     def _prepare(self, ctx: CallbackContext, tree: Tree) -> bool:
         """Try what can be tried now; whether the run's directory is there and locked."""
-        pack(tree)
+        if not is_divided(ctx):
+            pack(tree)
         is_there = ctx.trainer.has_run_dir
         if is_there:
             self._tolerating(lambda: self._take_lock(ctx))
@@ -362,8 +411,9 @@ class CheckpointCallback(Callback):
     # -- going on --------------------------------------------------------------------------------------------------------
 
     def _take(self, ctx: CallbackContext, loaded: Loaded) -> None:
+        tree = on_every_rank(ctx, lambda: loaded.read(_layout_of(ctx)))
         try:
-            ctx.load_state_dict(loaded.tree)
+            ctx.load_state_dict(tree)
         except Exception as error:
             error.add_note(f"while going on from {loaded.path}; to start a new run instead, give another run_name")
             raise
@@ -371,6 +421,15 @@ class CheckpointCallback(Callback):
         self._saved_at, self._versions = (ctx.step, ctx.skipped_steps), _versions(ctx.model)
         if self.best_step is not None and self.started_from is None and not self._best_paths(loaded.path.parent.parent):
             warnings.warn(f"checkpoint: the best checkpoint, of step {self.best_step}, is gone", stacklevel=2)
+
+
+def _layout_of(ctx: CallbackContext) -> StrategyLayout | None:
+    """How the run's tensors are divided; None when every rank has the whole of them."""
+    if not is_divided(ctx):
+        return None
+    from drivetrain_checkpoint.together import StrategyLayout  # needs torch's planners, which take long to import
+
+    return StrategyLayout.of(ctx)
 
 
 def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -1,9 +1,11 @@
-"""Several ranks: rank 0 alone touches the disk, and what it meets there reaches all, so that none waits for one that has failed."""
+"""Several ranks: what one of them meets reaches all, so that none waits for one that has failed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
 
 from drivetrain_checkpoint.errors import CheckpointError
 
@@ -11,6 +13,11 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 T = TypeVar("T")
+
+
+def is_divided(ctx: CallbackContext) -> bool:
+    """Whether the run's processes have parts of its tensors, so that each writes and reads its own."""
+    return ctx.strategy.pieces(torch.empty(0), None) is not None
 
 
 def on_rank_0(ctx: CallbackContext, action: Callable[[], T]) -> T:

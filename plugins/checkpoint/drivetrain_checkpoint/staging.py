@@ -91,7 +91,7 @@ class Staging:
         """
         wanted = {(file, name): tensor for file, tensors in packed.tensors.items() for name, tensor in tensors.items()}
         self._buffers = {key: self._buffer(key, tensor) for key, tensor in wanted.items()}
-        late = {_address(tensor) for tensor in stepped if tensor.is_cuda}
+        late = {_address(tensor) for tensor in map(_local, stepped) if tensor.is_cuda}
         by_device: dict[torch.device, tuple[list[tuple[str, str]], list[tuple[str, str]]]] = {}
         for key, tensor in wanted.items():
             if tensor.is_cuda:
@@ -130,6 +130,12 @@ class Staging:
             event = stream.record_event()
         versions = [(".".join(key), wanted[key], _version(wanted[key])) for key in later]
         return Copies(stream, event, [wanted[key] for key in [*now, *later]], versions)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a divided tensor."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _version(tensor: Tensor) -> int:

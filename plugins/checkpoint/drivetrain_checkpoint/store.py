@@ -242,6 +242,18 @@ class Store:
             self.files.remove(path)
         return self._write_durably(path, chunks)
 
+    def write_note(self, path: Path, text: bytes, step: int) -> None:
+        """Write a small file that appears whole or not at all. It is not durable."""
+        half = path.with_suffix(".half")
+
+        def write() -> None:
+            if half.exists():
+                self.files.remove(half)
+            self.files.write(half, (text,))
+            self.files.rename(half, path)
+
+        self._retried(step, write)
+
     def commit(self, directory: Path, step: int, entries: Mapping[str, FileEntry]) -> Path:
         """Make of what all have written a checkpoint; the first process does, when all are done."""
         try:
