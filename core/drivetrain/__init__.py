@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from drivetrain.context import CallbackContext as CallbackContext
     from drivetrain.data import SampleOrder as SampleOrder
     from drivetrain.devices import DeviceManager as DeviceManager
-    from drivetrain.distributed import GradientSynchronizer as GradientSynchronizer
     from drivetrain.distributed import ProcessGroupStrategy as ProcessGroupStrategy
     from drivetrain.duration import Duration as Duration
     from drivetrain.errors import ConfigError as ConfigError
@@ -61,7 +60,7 @@ _HOME = {
     "DrivetrainError": "errors",
     "Duration": "duration",
     "ForeachOptimizer": "optim",
-    "GradientSynchronizer": "distributed",
+    "GradientSynchronizer": "synchronizer",
     "Loss": "loss",
     "ModelError": "errors",
     "OptimizerComponent": "optim",

@@ -64,6 +64,7 @@ class CallbackContext:
     microbatch_loss: Tensor | Loss | None = None  # (may be replaced in on_loss) with gradient; a mean or a `Loss`
     microbatch: int = 0  # index within the step
     microbatches: int = 1  # how many this step has
+    microbatch_parts: int = 1  # in how many parts each microbatch of the data is divided, since memory has run out
     window: list[Any]  # all of them, as they came from the data, from on_step_start to on_step_end
     left_out: set[tuple[int, int]]  # windows to pass over, as (epoch, index); may be added to, alike on all ranks
 

@@ -1,4 +1,4 @@
-"""Several processes: what strategies over torch.distributed share, and reducing gradients in any loop."""
+"""Several processes: what strategies over torch.distributed share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pickle
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,73 +192,3 @@ def _meeting_file() -> Path:
     job = "-".join(os.environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID")) or "job"
     name = hashlib.sha256(f"{os.getuid()} {os.getppid()} {job}".encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"drivetrain-{name}"
-
-
-class GradientSynchronizer:
-    """Average gradients over the ranks of a process group, in buckets.
-
-    Args:
-        parameters: what is trained; parameters without a gradient count as zero, so that all ranks reduce the same buckets.
-        group: the process group; the default one if None.
-        bucket_mb: size of a bucket in MiB.
-
-    Example:
-        >>> sync = GradientSynchronizer(model.parameters())
-        >>> loss.sum().backward()
-        >>> sync.reduce(weight=len(batch))    # gradients of sum(loss) / global number of samples
-    """
-
-    def __init__(
-        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None = None, bucket_mb: float = 25.0
-    ) -> None:
-        self.group = group
-        self.buckets = _buckets([p for p in parameters if p.requires_grad], int(bucket_mb * 2**20))
-
-    def reduce(self, weight: float | Tensor | None = None) -> None:
-        """Replace each gradient by its sum over ranks, divided by the sum of `weight` over ranks (by the number of ranks if None)."""
-        if not (dist.is_available() and dist.is_initialized()):
-            if weight is not None:
-                _divide(self.buckets, weight)
-            return
-        flats = [_flatten(bucket) for bucket in self.buckets]
-        total = _total_weight(weight, flats[0].device if flats else torch.device("cpu"), self.group)
-        works = [dist.all_reduce(flat, group=self.group, async_op=True) for flat in flats]
-        for bucket, flat, work in zip(self.buckets, flats, works, strict=True):
-            if work is not None:
-                work.wait()
-            flat.div_(total)
-            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = part.view_as(parameter)
-
-
-def _buckets(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters of one type and device, from the last (whose gradient is ready first), up to `limit` bytes each."""
-    buckets: list[list[nn.Parameter]] = []
-    used = 0
-    for parameter in reversed(parameters):
-        size = parameter.numel() * parameter.element_size()
-        last = buckets[-1][-1] if buckets else None
-        if last is None or (last.dtype, last.device) != (parameter.dtype, parameter.device) or used + size > limit:
-            buckets.append([])
-            used = 0
-        buckets[-1].append(parameter)
-        used += size
-    return buckets
-
-
-def _flatten(bucket: list[nn.Parameter]) -> Tensor:
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
-
-
-def _divide(buckets: list[list[nn.Parameter]], weight: float | Tensor) -> None:
-    for parameter in (p for bucket in buckets for p in bucket):
-        if parameter.grad is not None:
-            parameter.grad.div_(weight)
-
-
-def _total_weight(weight: float | Tensor | None, device: torch.device, group: dist.ProcessGroup | None) -> float | Tensor:
-    if weight is None:
-        return float(dist.get_world_size(group))
-    total = torch.as_tensor(weight, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device).clone()
-    dist.all_reduce(total, group=group)
-    return total

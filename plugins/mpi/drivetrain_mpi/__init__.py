@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import hashlib
 import os
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -35,7 +36,9 @@ class Mpi(Component):
     kind: ClassVar[str] = "strategy"
 
     bucket_mb: float = option(default=25.0, help="gradients are reduced in buckets of this size, in MiB")
-    cuda_aware: bool = option(default=False, help="hand GPU memory to MPI; the library must have been built for it")
+    cuda_aware: bool | None = option(
+        default=None, help="hand GPU memory to MPI, which must have been built for it; by default what the library says of itself"
+    )
     timeout: float = option(default=600.0, help="seconds of waiting for the others after which a process ends all")
     setup_timeout: float = option(default=900.0, help="the same until the end of the first step")
 
@@ -56,9 +59,10 @@ class MpiStrategy(Strategy):
         self.reason = f"{self.world_size} processes over {MPI.Get_library_version().split(',')[0].strip()}"
         self.waits = _Waits(max(options.timeout, options.setup_timeout))
         self.farewell: _Farewell | None = None
-        self.local = False  # inside no_sync
-        self.buckets: list[_Bucket] = []
-        self.started = 0  # how many of them this step has started
+        self.gradients = self.comm.Dup()  # MPI matches collectives by their order, which is each communicator's own
+        self.synchronizer: GradientSynchronizer | None = None
+        self.aware = is_cuda_aware() if options.cuda_aware is None else options.cuda_aware
+        self.met = False  # whether this step's gradients have brought word that a rank wants to meet
 
     def setup(self, device: torch.device) -> None:
         """Make the failure of one process end all: the others would wait for it for ever."""
@@ -99,40 +103,45 @@ class MpiStrategy(Strategy):
                 self.comm.Bcast(_bytes(host), root=0)
             with torch.no_grad():
                 tensor.copy_(host)
-        groups = GradientSynchronizer(model.parameters(), bucket_mb=self.options.bucket_mb).buckets
-        self.buckets = [_Bucket(group) for group in groups]
-        for bucket in self.buckets:
-            for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(lambda _, bucket=bucket: self._arrived(bucket))
+        size, processes = self.options.bucket_mb, self.world_size
+        self.synchronizer = GradientSynchronizer(model.parameters(), bucket_mb=size, start=self._start, processes=processes)
+        self.synchronizer.rider = 0.0
         return model
 
-    def _arrived(self, bucket: _Bucket) -> None:
-        if self.local or self.world_size == 1:
-            return
-        bucket.missing -= 1
-        while self.started < len(self.buckets) and self.buckets[self.started].missing <= 0:
-            self._start(self.buckets[self.started])
+    def _start(self, flat: Tensor) -> Callable[[], Tensor]:
+        """Start the sum of a bucket in fp32 at least, since MPI knows no bfloat16."""
+        wide = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
+        if wide.device.type != "cpu" and self.aware:
+            torch.accelerator.current_stream(wide.device).synchronize()  # MPI knows nothing of the work that still fills it
+            buffer = wide
+        else:
+            buffer = wide.cpu()
+        request = self.gradients.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
 
-    def _start(self, bucket: _Bucket) -> None:
-        """Start the next bucket. MPI matches collectives by their order, so that they start in the same order on every rank."""
-        self.started += 1
-        flat = bucket.flatten()
-        bucket.buffer = flat if self.options.cuda_aware else flat.cpu()
-        bucket.request = self.comm.Iallreduce(MPI.IN_PLACE, bucket.buffer, op=MPI.SUM)
+        def wait() -> Tensor:
+            with self.waits:
+                request.Wait()
+            return buffer
+
+        return wait
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """Leave gradients local."""
-        return _NoSync(self)
+        return None if self.synchronizer is None else self.synchronizer.no_sync()
 
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Wait for the buckets under way, and start those that a parameter without a gradient kept waiting."""
-        if self.world_size == 1:
-            return
-        for bucket in self.buckets[self.started :]:
-            self._start(bucket)
-        for bucket in self.buckets:
-            bucket.finish(self.world_size, self.waits)
-        self.started = 0
+        """Wait for the buckets under way, and send those that a parameter without a gradient kept waiting."""
+        if self.synchronizer is not None:
+            self.synchronizer.reduce()
+            self.met |= self.synchronizer.rider != 0.0
+
+    def meet(self, wanted: bool) -> bool:
+        """Word of who wants to meet travels with the next step's gradients."""
+        if self.world_size == 1 or self.synchronizer is None:
+            return wanted
+        met, self.met = self.met, False
+        self.synchronizer.rider = float(wanted and not met)
+        return met
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, through host memory."""
@@ -154,31 +163,6 @@ class MpiStrategy(Strategy):
     def load_model_state(self, model: nn.Module, saved: Mapping[str, Any]) -> None:
         """Every rank has read the same weights."""
         model.load_state_dict(saved)
-
-
-class _Bucket:
-    """Parameters of one type and device whose gradients travel together."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.missing = len(parameters)
-        self.buffer = torch.empty(0)
-        self.request: Any = None
-
-    def flatten(self) -> Tensor:
-        """The gradients in one tensor; fp32 at least, since MPI knows no bfloat16. An unused parameter counts as zero."""
-        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        return flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
-
-    def finish(self, world_size: int, waits: _Waits) -> None:
-        """Wait, and put the mean into the gradients."""
-        with waits:
-            self.request.Wait()
-        mean = self.buffer.div_(world_size)
-        for parameter, part in zip(self.parameters, mean.split([p.numel() for p in self.parameters]), strict=True):
-            parameter.grad = part.view_as(parameter).to(parameter)
-        self.request, self.missing = None, len(self.parameters)
 
 
 class _Waits(AbstractContextManager[None]):
@@ -232,17 +216,23 @@ class _Farewell:
         return done
 
 
-class _NoSync(AbstractContextManager[None]):
-    def __init__(self, strategy: MpiStrategy) -> None:
-        self.strategy = strategy
-
-    def __enter__(self) -> None:
-        self.strategy.local = True
-
-    def __exit__(self, *_: object) -> None:
-        self.strategy.local = False
-
-
 def _bytes(host: Tensor) -> Any:
     """A tensor's memory for MPI, whatever its type."""
     return host.reshape(-1).view(torch.uint8)
+
+
+def is_cuda_aware() -> bool:
+    """Whether the MPI library says that it takes GPU memory.
+
+    MPI 4.1 has a key of the environment's info for it (section 11.4.3); before, Open MPI and MPICH each had a function of their own.
+    """
+    kinds = MPI.INFO_ENV.Get("mpi_memory_alloc_kinds") or ""
+    if "cuda" in kinds.split(","):
+        return True
+    library = ctypes.CDLL(MPI.__file__)  # the names are looked for in what it was linked to as well
+    if hasattr(library, "MPIX_Query_cuda_support"):
+        return bool(library.MPIX_Query_cuda_support())
+    found = ctypes.c_int(0)
+    if hasattr(library, "MPIX_GPU_query_support"):
+        library.MPIX_GPU_query_support(ctypes.c_int(0), ctypes.byref(found))  # 0: MPIX_GPU_SUPPORT_CUDA
+    return bool(found.value)

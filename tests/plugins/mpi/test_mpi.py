@@ -57,8 +57,11 @@ def test_negative_control_means_without_weights_differ(results: dict[int, dict[s
 
 
 def test_one_rank_stops_all_at_the_same_step(results: dict[int, dict[str, Any]]) -> None:
-    assert (results[1]["stopped"]["steps"], results[1]["stopped"]["stop"]) == (2, "one rank has had enough")
-    assert (results[2]["stopped"]["steps"], results[2]["stopped"]["stop"]) == (3, "another rank asked to stop")
+    """Long before the next log: the word travels with the gradients of the next step, also when all have it to say."""
+    for run in ("stopped", "all stopped"):
+        assert (results[1][run]["steps"], results[1][run]["stop"]) == (2, "one rank has had enough")
+        assert results[2][run]["steps"] == 3
+    assert results[2]["stopped"]["stop"] == "another rank asked to stop"
 
 
 OVERLAP = """
@@ -74,7 +77,7 @@ class Recorded:
         return getattr(self.comm, name)
 class Watch(Callback):
     def on_run_start(self, ctx):
-        ctx.strategy.comm = Recorded(ctx.strategy.comm)
+        ctx.strategy.gradients = Recorded(ctx.strategy.gradients)
     def on_step_start(self, ctx):
         events.append("step")
 model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
@@ -97,6 +100,113 @@ def test_buckets_travel_while_backward_runs_and_once_for_each_window(tmp_path: P
     assert done.returncode == 0, done.stderr[-3000:]
     step = ["step", "first layer", *["Iallreduce"] * 3, "first layer", "Iallreduce"]  # two microbatches, one bucket a layer
     assert json.loads(target.read_text()) == step * 2
+
+
+UNUSED = """
+import sys, json, torch
+from torch.utils.data import TensorDataset
+from drivetrain import Loss, Precision, Trainer, TrainingConfig
+class Two(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = (torch.nn.Linear(4, 4) for _ in range(3))
+    def forward(self, x):
+        row = x[0, 0].item()  # even rows, rank 0's, leave one layer out, odd rows another
+        x = self.first(x)
+        x = self.third(x) if row % 2 == 0 else self.second(x)
+        return Loss(x.square().sum(), torch.tensor(float(len(x) + row % 2)))
+model = Two()
+rows = torch.arange(16.0).reshape(16, 1).repeat(1, 4)
+several = "OMPI_COMM_WORLD_RANK" in __import__("os").environ
+config = TrainingConfig(max_duration="4st", per_device_batch_size=1, gradient_accumulation_steps=1 if several else 2, log_interval="1st",
+                        standard_callbacks=False, dataloader={"shuffle": False},
+                        distributed={"use": "mpi", "bucket_mb": 0.0001, "timeout": 30.0} if several else "none")
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+class Batch(torch.utils.data.Dataset):
+    def __len__(self):
+        return len(rows)
+    def __getitem__(self, n):
+        return {"x": rows[n]}
+trainer = Trainer(model, config, Batch(), optimizer=optimizer, precision=Precision())
+trainer.train()
+if trainer.ctx.is_main:
+    open(sys.argv[1], "w").write(json.dumps([p.tolist() for p in model.parameters()]))
+"""
+
+
+def test_ranks_that_use_other_parameters_do_not_mix_up_their_buckets(tmp_path: Path) -> None:
+    """One rank has sent all but the last bucket when the other still holds the first back; the weights' sum goes in between."""
+    script, found = tmp_path / "unused.py", []
+    script.write_text(UNUSED)
+    for processes in (1, 2):
+        done = launch(processes, str(script), str(tmp_path / "weights.json"))
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads((tmp_path / "weights.json").read_text()))
+    for one, two in zip(*found, strict=True):
+        assert difference(one, two) < 1e-6
+
+
+class TestGpuMemory:
+    """What needs a GPU with an MPI that was built for it is played: the order of waiting and handing over is what counts."""
+
+    def strategy(self, monkeypatch: pytest.MonkeyPatch, aware: bool) -> tuple[Any, list[str]]:
+        from drivetrain_mpi import Mpi, MpiStrategy
+
+        events: list[str] = []
+
+        class Played:
+            def Iallreduce(self, *args: Any, **kwargs: Any) -> Any:  # MPI's name
+                events.append("handed over")
+                return self
+
+            def Wait(self) -> None:  # MPI's name
+                events.append("waited for")
+
+        class Stream:
+            def synchronize(self) -> None:
+                events.append("synchronized")
+
+        class OnDevice(torch.Tensor):
+            device = torch.device("cuda", 0)
+
+            def cpu(self) -> torch.Tensor:
+                events.append("copied")
+                return torch.ones(3)
+
+        strategy = MpiStrategy(Mpi(cuda_aware=aware))
+        strategy.gradients = Played()
+        monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: Stream())
+        strategy._start(torch.ones(3).as_subclass(OnDevice))()
+        return strategy, events
+
+    def test_the_stream_has_filled_a_bucket_before_mpi_gets_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.strategy(monkeypatch, aware=True)[1] == ["synchronized", "handed over", "waited for"]
+
+    def test_it_is_copied_to_the_host_for_other_libraries(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.strategy(monkeypatch, aware=False)[1] == ["copied", "handed over", "waited for"]
+
+    def test_the_library_says_whether_it_takes_gpu_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import ctypes
+
+        import drivetrain_mpi
+
+        def played(**functions: Any) -> Any:
+            return lambda path: type("Library", (), {name: staticmethod(function) for name, function in functions.items()})
+
+        def by_reference(kind: Any, flag: Any) -> int:
+            flag._obj.value = 1
+            return 0
+
+        assert drivetrain_mpi.is_cuda_aware() == bool(ctypes.CDLL(drivetrain_mpi.MPI.__file__).MPIX_Query_cuda_support())
+        for library, aware in (
+            (played(MPIX_Query_cuda_support=lambda: 1), True),
+            (played(MPIX_Query_cuda_support=lambda: 0), False),
+            (played(MPIX_GPU_query_support=by_reference), True),
+            (played(), False),
+        ):
+            monkeypatch.setattr(ctypes, "CDLL", library)
+            assert drivetrain_mpi.is_cuda_aware() is aware
 
 
 def test_mpi4py_missing_under_mpirun_is_an_error_and_no_hang(tmp_path: Path) -> None:
