@@ -69,9 +69,12 @@ class DeviceManager:
 
     def memory(self) -> dict[str, int]:
         """Bytes in use and at the peak on the device; empty where torch cannot tell."""
-        if self.type != "cuda":
+        if self.type == "mps":
+            return {"allocated": torch.mps.current_allocated_memory()}
+        if self.type not in ("cuda", "xpu"):
             return {}
-        return {"allocated": torch.cuda.memory_allocated(self.device), "peak": torch.cuda.max_memory_allocated(self.device)}
+        module = torch.get_device_module(self.device)
+        return {"allocated": module.memory_allocated(self.device), "peak": module.max_memory_allocated(self.device)}
 
     @property
     def total_memory(self) -> int | None:
@@ -91,7 +94,7 @@ def _choose(wanted: str, local_rank: int) -> torch.device:
         return torch.device("cpu") if found is None else _mine(found.type, local_rank)
     if kind in candidates("device"):
         return _from_plugin(kind, int(index) if index.isdigit() else local_rank)
-    if kind not in _KNOWN:
+    if kind not in _KNOWN or (index and not index.isdigit()) or (kind == "cpu" and int(index or 0) > 0):
         raise _refusal(wanted, f"no device is called {wanted!r}")
     if kind == "cpu":
         return torch.device("cpu")

@@ -233,9 +233,26 @@ def _allowed(candidate: Candidate) -> bool:
 
 
 def _core_range(requirement: str) -> str | None:
-    """The version range in a `Requires-Dist` line on the core, or None when the line is about something else."""
-    match = re.match(rf"{CORE}\s*\(?\s*([^;)]*)", requirement, re.IGNORECASE)
-    return match[1].replace(" ", "") if match else None
+    """The version range in a `Requires-Dist` line on the core; None when the line is about something else, or holds elsewhere.
+
+    A line for an extra, or whose marker excludes this environment, does not count. Markers take `packaging`, which every tool that
+    installs has; without it a line with one counts.
+    """
+    match = re.match(r"\s*([\w.-]+)\s*(?:\[[^\]]*\])?\s*\(?\s*([^;)]*)\)?\s*(?:;\s*(.+))?$", requirement)
+    if match is None or re.sub(r"[-_.]+", "-", match[1]).lower() != CORE:
+        return None
+    return match[2].replace(" ", "") if match[3] is None or _holds(match[3]) else None
+
+
+def _holds(marker: str) -> bool:
+    try:
+        from packaging.markers import InvalidMarker, Marker
+    except ImportError:
+        return "extra" not in marker
+    try:
+        return Marker(marker).evaluate({"extra": ""})
+    except InvalidMarker:
+        return True
 
 
 def _satisfies(version: str, wanted: str) -> bool:

@@ -110,6 +110,31 @@ def test_version_ranges(version: str, wanted: str, holds: bool) -> None:
     assert registry._satisfies(version, wanted) is holds
 
 
+@pytest.mark.parametrize(
+    ("requirement", "wanted"),
+    [
+        ("drivetrain-core>=0.1,<1", ">=0.1,<1"),
+        ("drivetrain-core (>=0.1, <1)", ">=0.1,<1"),
+        ("Drivetrain_Core>=99", ">=99"),
+        ("drivetrain.core[all] >= 99", ">=99"),
+        ("drivetrain-core", ""),
+        ("drivetrain-core>=99; python_version >= '3'", ">=99"),
+        ("drivetrain-core>=99; python_version < '3'", None),
+        ("drivetrain-core>=99; extra == 'next'", None),
+        ("drivetrain-core-extras>=99", None),
+        ("drivetrain>=99", None),
+    ],
+)
+def test_the_core_is_found_in_any_spelling(requirement: str, wanted: str | None) -> None:
+    assert registry._core_range(requirement) == wanted
+
+
+def test_markers_without_packaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "packaging.markers", None)
+    assert registry._core_range("drivetrain-core>=99; extra == 'next'") is None
+    assert registry._core_range("drivetrain-core>=99; python_version < '3'") == ">=99"
+
+
 def test_the_catalogue_is_unambiguous() -> None:
     assert set(FIRST_PARTY) <= set(registry.KINDS)
     for dists in FIRST_PARTY.values():

@@ -205,7 +205,18 @@ def test_depth(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["optimizer.lr=", "=1", "a..b=1", "optimizer.lr=[[[[", "callbacks=1", "callbacks.x=1", "optimizer.lr=" + "9" * 5000]
+    "text",
+    [
+        *("optimizer.lr=", "=1", "a..b=1", "optimizer.lr=[[[[", "callbacks=1", "callbacks.x=1", "optimizer.lr=" + "9" * 5000),
+        *(
+            "seed.x=1",
+            "max_duration.x=1",
+            "max_grad_norm.x.y=1",
+            "dataloader.shuffle.x=1",
+            "optimizer.lr.x=1",
+            "callbacks.x.y.z=1",
+        ),
+    ],
 )
 def test_overrides(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.toml"
