@@ -5,5 +5,6 @@ from __future__ import annotations
 from drivetrain_plan.planning import Plan, plan
 from drivetrain_plan.profiles import DeviceProfile, load_profile
 from drivetrain_plan.simulate import Simulation
+from drivetrain_plan.sweep import Sweep, sweep
 
-__all__ = ["DeviceProfile", "Plan", "Simulation", "load_profile", "plan"]
+__all__ = ["DeviceProfile", "Plan", "Simulation", "Sweep", "load_profile", "plan", "sweep"]

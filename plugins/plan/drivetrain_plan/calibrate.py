@@ -1,4 +1,4 @@
-"""`--calibrate`: what this machine's CPU does in a second, measured."""
+"""`--calibrate`: what this machine's accelerator or CPU does in a second, measured."""
 
 from __future__ import annotations
 
@@ -15,79 +15,136 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from drivetrain import DrivetrainError
+from drivetrain import DeviceManager, DrivetrainError
 from drivetrain_plan.profiles import DeviceProfile
 from drivetrain_plan.recorder import Recorder
 
 _SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _ELEMENTS = tuple(2**i for i in range(10, 25, 2))
+_LARGE = (2048, 4096, 8192)  # beside those, on accelerators
 _TRIES = 15
 
 
-def calibrate() -> DeviceProfile:
-    """Measure matrix products, memory traffic, the cost of an operation, and all-reduce between two processes; about 20 s."""
-    measured = {f"products_{name}": _products(dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-    measured["traffic"] = _curve(_added)
-    measured["heavy"] = _curve(_exponential)
+def calibrate(device: str = "auto") -> DeviceProfile:
+    """Measure matrix products, memory traffic, the cost of an operation, copies to the host, and all-reduce between two processes
+    here; about 20 s.
+
+    Args:
+        device: "auto" for the accelerator that torch finds, else the CPU; "cpu", "cuda", "xpu", …
+
+    Raises:
+        DrivetrainError: when there is no such device.
+    """
+    place = DeviceManager(device)
+    bench = _Bench(place.device)
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    types |= {} if bench.waits else {"fp16": torch.float16}
+    measured = {f"products_{name}": bench.products(dtype) for name, dtype in types.items()}
+    measured["traffic"] = bench.curve(_added)
+    measured["heavy"] = bench.curve(_exponential)
     rates = {name.removeprefix("products_"): max(x / s for x, s in curve) for name, curve in measured.items() if "pro" in name}
     bandwidth = measured["traffic"][-1][0] / measured["traffic"][-1][1]
-    link, latency = _all_reduce()
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if bench.waits:
+        memory = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        name = f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    else:
+        memory, name = float(place.total_memory or 0), place.name
+    link, latency = _all_reduce() if bench.waits else _between_accelerators(place.count)
     return DeviceProfile(
-        name=f"this CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        name=name,
         rates=rates,
-        memory=float(pages),
+        memory=memory,
+        reserved=0.0 if bench.waits else 2.0**30,
         bandwidth=bandwidth,
+        per_node=1 if bench.waits else place.count,
         node_bandwidth=link,
         network_bandwidth=link,
-        host_bandwidth=bandwidth,
+        host_bandwidth=bandwidth if bench.waits else bench.to_host(),
         latency=latency,
-        launch=_launch(),
-        products=(0.5, 1.0, 1.6),
-        traffic=(0.5, 1.0, 1.6),
+        launch=bench.launch(),
+        products=(0.5, 1.0, 1.6) if bench.waits else (0.7, 1.0, 1.1),
+        traffic=(0.5, 1.0, 1.6) if bench.waits else (0.7, 1.0, 1.1),
         links=(0.5, 1.0, 1.6),
-        waits=True,
+        waits=bench.waits,
         measured=measured,
-        sources=[f"measured with torch {torch.__version__} on {torch.get_num_threads()} threads"],
+        sources=[f"measured with torch {torch.__version__} on {name}"],
     )
 
 
-def _best(call: Callable[[], object]) -> float:
-    """Seconds of one call: the least of several tries, each of at least a few milliseconds."""
-    call()
-    began = time.perf_counter()
-    call()
-    times = max(1, int(4e-3 / max(time.perf_counter() - began, 1e-7)))
-    least = float("inf")
-    for _ in range(_TRIES):
+class _Bench:
+    """Measures one device.
+
+    Attributes:
+        waits: whether the host does the work itself.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.waits = device, device.type == "cpu"
+        self.sizes = _SIZES if self.waits else (*_SIZES, *_LARGE)
+        self.elements = _ELEMENTS if self.waits else (*_ELEMENTS, 2**26, 2**28)
+
+    def best(self, call: Callable[[], object]) -> float:
+        """Seconds of one call: the least of several tries, each of at least a few milliseconds."""
+        call()
+        times = max(1, int(4e-3 / max(self._timed(call, 1), 1e-7)))
+        return min(self._timed(call, times) for _ in range(_TRIES)) / times
+
+    def _timed(self, call: Callable[[], object], times: int) -> float:
+        self._done()
         began = time.perf_counter()
         for _ in range(times):
             call()
-        least = min(least, (time.perf_counter() - began) / times)
-    return least
+        self._done()
+        return time.perf_counter() - began
+
+    def _done(self) -> None:
+        if not self.waits:
+            torch.accelerator.synchronize(self.device)
+
+    def products(self, dtype: torch.dtype) -> list[tuple[float, float]]:
+        """Seconds by FLOP."""
+        curve = []
+        for size in self.sizes:
+            a = torch.randn(4 * size, size, dtype=dtype, device=self.device)
+            b = torch.randn(size, size, dtype=dtype, device=self.device)
+            out = torch.empty(4 * size, size, dtype=dtype, device=self.device)
+            curve.append((8.0 * size**3, self.best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))))  # type: ignore[misc]
+        return _growing(curve)
+
+    def curve(self, make: Callable[[int, torch.device], tuple[float, Callable[[], object]]]) -> list[tuple[float, float]]:
+        """Seconds by bytes read and written."""
+        return _growing([(size, self.best(call)) for size, call in (make(n, self.device) for n in self.elements)])
+
+    def to_host(self) -> float:
+        """Bytes/s from the device to page-locked host memory."""
+        tensor = torch.empty(2**26, dtype=torch.uint8, device=self.device)
+        target = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+        return 2.0**26 / self.best(lambda: target.copy_(tensor, non_blocking=True))
+
+    def launch(self) -> float:
+        """Seconds of one operation in a training step beyond its work: of a model whose work is next to nothing."""
+        layers = [layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.SiLU(), nn.LayerNorm(8))]
+        model, batch = nn.Sequential(*layers).to(self.device), torch.randn(4, 8, device=self.device)
+
+        def step() -> None:
+            model(batch).sum().backward()
+            for parameter in model.parameters():
+                parameter.grad = None
+
+        recorder = Recorder()
+        with recorder:
+            step()
+        return self.best(step) / sum(recorder.operations.values())
 
 
-def _products(dtype: torch.dtype) -> list[tuple[float, float]]:
-    curve = []
-    for size in _SIZES:
-        a, b = torch.randn(4 * size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-        out = torch.empty(4 * size, size, dtype=dtype)
-        curve.append((8.0 * size**3, _best(lambda a=a, b=b, out=out: torch.mm(a, b, out=out))))  # type: ignore[misc]
-    return _growing(curve)
-
-
-def _added(count: int) -> tuple[float, Callable[[], object]]:
-    a, b = torch.randn(count), torch.randn(count)
+def _added(count: int, device: torch.device) -> tuple[float, Callable[[], object]]:
+    a, b = torch.randn(count, device=device), torch.randn(count, device=device)
     return 12.0 * count, lambda: a + b
 
 
-def _exponential(count: int) -> tuple[float, Callable[[], object]]:
-    a = torch.randn(count)
+def _exponential(count: int, device: torch.device) -> tuple[float, Callable[[], object]]:
+    a = torch.randn(count, device=device)
     return 8.0 * count, lambda: nn.functional.silu(a)
-
-
-def _curve(make: Callable[[int], tuple[float, Callable[[], object]]]) -> list[tuple[float, float]]:
-    return _growing([(size, _best(call)) for size, call in map(make, _ELEMENTS)])
 
 
 def _growing(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -97,21 +154,14 @@ def _growing(curve: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return curve
 
 
-def _launch() -> float:
-    """Seconds of one operation in a training step beyond its work: of a model whose work is next to nothing."""
-    model = nn.Sequential(*[layer for _ in range(20) for layer in (nn.Linear(8, 8), nn.SiLU(), nn.LayerNorm(8))])
-    batch = torch.randn(4, 8)
-
-    def step() -> None:
-        model(batch).sum().backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-
-    recorder = Recorder()
-    with recorder:
-        step()
-    operations = sum(recorder.operations.values())
-    return _best(step) / operations
+def _between_accelerators(count: int) -> tuple[float, float]:
+    """Bytes/s of a copy from one device to its neighbour, and an assumed latency; with a single one, what PCIe 4.0 gives."""
+    if count < 2:
+        return 2e10, 1e-5
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    a, b = (torch.empty(2**28, dtype=torch.uint8, device=torch.device(kind.type, i)) for i in range(2))
+    return 2.0**28 / _Bench(a.device).best(lambda: b.copy_(a)), 1e-5
 
 
 def _all_reduce() -> tuple[float, float]:
@@ -160,7 +210,17 @@ def save(profile: DeviceProfile, path: Path) -> Path:
 
 
 def _toml(profile: DeviceProfile) -> str:
-    single = ("memory", "bandwidth", "per_node", "node_bandwidth", "network_bandwidth", "host_bandwidth", "latency", "launch")
+    single = (
+        "memory",
+        "reserved",
+        "bandwidth",
+        "per_node",
+        "node_bandwidth",
+        "network_bandwidth",
+        "host_bandwidth",
+        "latency",
+        "launch",
+    )
     lines = [f'name = "{profile.name}"', *(f"{key} = {getattr(profile, key):.6g}" for key in single)]
     lines += [f"waits = {str(profile.waits).lower()}"]
     lines += [f"{key} = {[float(x) for x in getattr(profile, key)]}" for key in ("products", "traffic", "links")]

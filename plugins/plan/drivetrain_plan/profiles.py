@@ -16,6 +16,7 @@ import tomli
 from drivetrain import ConfigError, DrivetrainError, Problem
 
 Curve = Sequence[tuple[float, float]]  # (work, seconds), growing
+FRAGMENTS = 0.03  # of a device's memory, an assumption; expandable segments leave less, many sizes more
 Range = tuple[float, float, float]  # shares of the peak that are reached: at worst, usually, at best
 
 
@@ -30,7 +31,8 @@ class DeviceProfile:
 
     Attributes:
         rates: peak FLOP/s of dense matrix products by type ("bf16", "fp16", "tf32", "fp32").
-        memory: bytes.
+        memory: bytes, as torch sees them (`get_device_properties(…).total_memory`): fewer than the seller's gigabytes.
+        reserved: bytes of them that the driver's context and the communication take.
         bandwidth: bytes/s to and from that memory.
         per_node: devices on one machine.
         node_bandwidth, network_bandwidth: bytes/s in one direction, of one device to others on its machine, and off it.
@@ -45,6 +47,7 @@ class DeviceProfile:
     rates: dict[str, float]
     memory: float
     bandwidth: float
+    reserved: float = 0.0
     per_node: int = 1
     node_bandwidth: float = 1e9
     network_bandwidth: float = 1e9
@@ -57,6 +60,11 @@ class DeviceProfile:
     waits: bool = False  # whether the host does the work itself, so that its time for an operation adds to it
     measured: dict[str, list[tuple[float, float]]] = attrs.field(factory=dict)
     sources: list[str] = attrs.field(factory=list)
+
+    @property
+    def usable(self) -> float:
+        """Bytes that a run may take: without what is reserved, and a part for fragments of the allocator."""
+        return (self.memory - self.reserved) * (1 - FRAGMENTS)
 
     def product(self, flops: float, dtype: str, share: int) -> float:
         """Seconds of a matrix product; `share` 0, 1, 2 for worst, usual, best."""
@@ -147,6 +155,8 @@ def _wrong(name: str, value: Any) -> str | None:
     numbers = {"memory", "bandwidth", "per_node", "node_bandwidth", "network_bandwidth", "host_bandwidth"}
     if name in numbers and not (isinstance(value, (int, float)) and value > 0):
         return f"expected a number above 0, got {value!r}"
+    if name in ("reserved", "latency", "launch") and not (isinstance(value, (int, float)) and value >= 0):
+        return f"expected a number of at least 0, got {value!r}"
     if name in ("products", "traffic", "links"):
         good = isinstance(value, list) and len(value) == 3 and all(isinstance(x, (int, float)) for x in value)
         if not good or not 0 < value[0] <= value[1] <= value[2]:

@@ -18,6 +18,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered parameters"
+BEFORE = "before"  # the phase of what was there when the step began
 _COLLECTIVES = {
     "_allgather_base_": "all-gather",
     "allgather_": "all-gather",
@@ -73,7 +74,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         phase: of the step, set by whoever knows it.
         operations, collectives: how often each was done since `clear`.
-        events: (storage, bytes more or less), in order.
+        events: (storage, bytes more or less, phase), in order.
         reads: places outside torch and Drivetrain that read a value, which a simulation does not have.
     """
 
@@ -82,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self.phase = "build"
         self.operations: Counter[Operation] = Counter()
         self.collectives: Counter[Collective] = Counter()
-        self.events: list[tuple[Storage, int]] = []
+        self.events: list[tuple[Storage, int, str]] = []
         self.reads: Counter[str] = Counter()
         self._live: dict[int, tuple[weakref.ref[Any], Storage]] = {}
         self._resize: Any = None
@@ -91,7 +92,7 @@ class Recorder(TorchDispatchMode):
         """Forget what was done; what is alive stays known."""
         self.operations.clear()
         self.collectives.clear()
-        self.events = [(storage, storage.size) for _, storage in self._live.values()]
+        self.events = [(storage, storage.size, BEFORE) for _, storage in self._live.values()]
 
     # -- the mode ----------------------------------------------------------------------------------------------------------
 
@@ -149,19 +150,19 @@ class Recorder(TorchDispatchMode):
             return
         entry = Storage(storage.nbytes(), self.phase)
         self._live[key] = (weakref.ref(storage, self._forget(key, entry)), entry)
-        self.events.append((entry, entry.size))
+        self.events.append((entry, entry.size, self.phase))
 
     def _forget(self, key: int, entry: Storage) -> Callable[[Any], None]:
         def forget(ref: Any) -> None:
             if (known := self._live.get(key)) is not None and known[1] is entry:
                 del self._live[key]
             if entry.size:
-                self.events.append((entry, -entry.size))
+                self.events.append((entry, -entry.size, self.phase))
 
         return forget
 
     def _resized(self, entry: Storage, size: int) -> None:
-        self.events.append((entry, size - entry.size))
+        self.events.append((entry, size - entry.size, self.phase))
         entry.size = size
         entry.kind = entry.kind or GATHERED
 

@@ -29,12 +29,12 @@ def report(plan: Plan) -> str:
         f"{count(found.parameters)} parameters{frozen} · {found.strategy} · {found.precision} · {many}{plan.device.name}",
         "",
     ]
-    lines += [_said("!", problem) for problem in found.problems] + ([""] if found.problems else [])
+    lines += [said("!", problem) for problem in found.problems] + ([""] if found.problems else [])
     lines += _memory(plan)
     if found.complete:
         lines += ["", *_time(plan)]
     lines += ["", *_rest(plan)]
-    lines += ["", "estimated, on these grounds:", *(_said("-", text) for text in plan.assumptions)]
+    lines += ["", "estimated, on these grounds:", *(said("-", text) for text in plan.assumptions)]
     return "\n".join(
         line if len(line) <= _WIDTH else textwrap.fill(line, _WIDTH, subsequent_indent="    ") for line in _flat(lines)
     )
@@ -44,7 +44,8 @@ def _flat(lines: list[str]) -> list[str]:
     return "\n".join(lines).split("\n")
 
 
-def _said(mark: str, text: str) -> str:
+def said(mark: str, text: str) -> str:
+    """A text after a mark, in 80 columns."""
     return textwrap.fill(text, _WIDTH, initial_indent=f"{mark} ", subsequent_indent="  ", break_on_hyphens=False)
 
 
@@ -56,7 +57,10 @@ def _memory(plan: Plan) -> list[str]:
     lines = [f"memory of each rank {what}"]
     lines += [f"  {kind:<20}{amount(size):>11}  {'█' * max(1, round(_BAR * size / most))}" for kind, size in rows]
     verdict = _verdict(plan)
-    return [*lines, f"  {'together':<20}{amount(found.peak):>11}  {verdict}"]
+    lines.append(f"  {'together':<20}{amount(found.peak):>11}  {verdict}")
+    if found.host:
+        lines.append(f"  {'in host memory':<20}{amount(sum(found.host.values())):>11}")
+    return lines
 
 
 def _verdict(plan: Plan) -> str:
@@ -64,7 +68,8 @@ def _verdict(plan: Plan) -> str:
     if plan.fits is None:
         return "whether it fits cannot be said"
     if plan.fits:
-        return f"fits: {1 - peak / usable:.0%} of {amount(usable)} usable is left"
+        left = "more than 99%" if peak < 0.01 * usable else f"{1 - peak / usable:.0%}"
+        return f"fits: {left} of {amount(usable)} usable is left"
     return f"does NOT fit: {amount(peak - usable)} more than the {amount(usable)} usable"
 
 
@@ -78,10 +83,12 @@ def _time(plan: Plan) -> list[str]:
         each = [count(plan.rate(x) / plan.ranks) for x in (likely, low, high)]
         lines.append(f"  {plan.unit + '/s/device':<20}" + "".join(f"{x:>14}" for x in each))
     lines.append(
-        f"  {count(plan.tokens_per_step)} {plan.unit}, {count(plan.flops_per_token)}FLOP for each; "
-        f"{plan.simulation.accumulation} microbatch{'es' if plan.simulation.accumulation > 1 else ''} of "
-        f"{plan.simulation.samples_per_microbatch} on each rank"
+        f"  {count(plan.tokens_per_step)} {plan.unit}: {plan.simulation.accumulation} "
+        f"microbatch{'es' if plan.simulation.accumulation > 1 else ''} of {plan.simulation.samples_per_microbatch} "
+        "on each rank"
     )
+    mfu = "" if plan.mfu is None else f"; MFU {plan.mfu:.1%}"
+    lines.append(f"  {count(plan.model_flops_per_token)}FLOP for each, {count(plan.flops_per_token)}FLOP as executed{mfu}")
     rows = communication(plan.simulation)
     for (name, ranks), (times, size) in rows.items():
         lines.append(f"  {name} × {times} among {ranks}: {amount(size)}")
@@ -105,10 +112,19 @@ def _rest(plan: Plan) -> list[str]:
             f"  {seconds(likely * 3600)} ({seconds(low * 3600)} to {seconds(high * 3600)}), "
             f"{likely * plan.ranks:,.3g} device hours{price}"
         )
+    beside = []
+    if plan.course.evaluations:
+        often = f"{plan.course.evaluations:,} evaluation{'s' if plan.course.evaluations > 1 else ''}"
+        beside.append(f"{often} {seconds(plan.evaluation.likely)}")
+    if plan.course.checkpoints:
+        beside.append(
+            f"{plan.course.checkpoints:,} checkpoint{'s' if plan.course.checkpoints > 1 else ''} {seconds(plan.saving)}"
+        )
+    if plan.hours is not None and beside:
+        lines.append(f"  of which {', '.join(beside)}")
     whole = plan.simulation.whole
     lines.append(
-        f"  checkpoint {amount(whole)}: training waits {seconds(plan.stall)}, the disk takes {seconds(whole / DISK)}"
-        f" at {DISK / 1e9:g} GB/s"
+        f"  a checkpoint is {amount(whole)}: training waits {seconds(plan.stall)}, the disk takes {seconds(whole / DISK)}"
     )
     return lines
 

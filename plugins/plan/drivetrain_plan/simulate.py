@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 import traceback
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from attrs import define, field
@@ -16,15 +18,34 @@ from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
-from drivetrain import Callback, CallbackContext, Component, Precision, Trainer, TrainingConfig, component, make_component
+from drivetrain import (
+    Callback,
+    CallbackContext,
+    Component,
+    Precision,
+    Trainer,
+    TrainingConfig,
+    component,
+    is_installed,
+    make_component,
+)
 from drivetrain import state as kept
-from drivetrain_plan.recorder import ACTIVATIONS, TEMPORARY, Collective, Operation, Recorder, Storage
-from drivetrain_plan.world import rank_of, real, simulated
+from drivetrain_plan.recorder import ACTIVATIONS, TEMPORARY, Collective, Operation, Recorder
+from drivetrain_plan.world import meeting, of_memory, real, simulated
 
 PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH = "parameters", "gradients", "optimizer state", "buffers", "batch"
 _STEPS = 2  # where the optimizer's state cannot be made ahead, the first does it; the second is like all others
 _MOST_MICROBATCHES = 2  # the last one reduces gradients, all before it are alike
 _LOOKED_AT = 64  # samples of which the longest stands for all
+_OFFLOADED = (PARAMETERS, GRADIENTS, STATE)  # what FSDP's `cpu_offload` keeps in host memory
+
+
+class Change(NamedTuple):
+    """Memory taken (or given back) at one moment of the step."""
+
+    kind: str
+    phase: str
+    size: int  # bytes; negative when given back
 
 
 @define
@@ -34,10 +55,13 @@ class Simulation:
     Attributes:
         at_peak: bytes by kind at the moment of the peak.
         largest: the most bytes of each kind at any moment of the step.
+        host: bytes by kind that are kept in host memory (FSDP's `cpu_offload`), the most at any moment; not in `at_peak`.
+        trace: every change of the device's memory in the step, in order; first what was there at its beginning.
         operations, collectives: how often in a step of `microbatches` microbatches.
         held: bytes that the first forward of a step leaves for its backward, gathered parameters and the batch included.
         whole: bytes of the whole model and optimizer state as a checkpoint holds them.
-        samples: in the data set; None when it does not say.
+        samples, eval_samples: in the data sets; None when they do not say, or there is nothing to evaluate on.
+        reason: why this strategy, as the engine says it.
         tokens, samples_per_microbatch: of one microbatch of one rank; tokens are 0 when batches have none.
         problems: what could not be simulated.
     """
@@ -50,6 +74,8 @@ class Simulation:
     trainable: int = 0
     at_peak: dict[str, int] = field(factory=dict)
     largest: dict[str, int] = field(factory=dict)
+    host: dict[str, int] = field(factory=dict)
+    trace: list[Change] = field(factory=list, repr=False)
     operations: Counter[Operation] = field(factory=Counter)
     collectives: Counter[Collective] = field(factory=Counter)
     microbatches: int = 1
@@ -57,6 +83,8 @@ class Simulation:
     held: int = 0
     whole: int = 0
     samples: int | None = None
+    eval_samples: int | None = None
+    reason: str = ""
     samples_per_microbatch: int = 0
     tokens: int = 0
     complete: bool = True
@@ -91,7 +119,7 @@ class Watcher(Callback):
     def on_step_start(self, ctx: CallbackContext) -> None:
         """A new step: forget the one before."""
         self.recorder.clear()
-        self.base, self.held = sum(change for _, change in self.recorder.events), None
+        self.base, self.held = sum(change for _, change, _ in self.recorder.events), None
 
     def on_batch(self, ctx: CallbackContext) -> None:
         """What comes from a data set has memory; the model gets tensors without."""
@@ -104,7 +132,7 @@ class Watcher(Callback):
         for storage in self.recorder.alive(self.recorder.phase):
             storage.kind = ACTIVATIONS
         if self.held is None:
-            self.held = sum(change for _, change in self.recorder.events) - self.base
+            self.held = sum(change for _, change, _ in self.recorder.events) - self.base
         self.recorder.phase = f"backward {ctx.microbatch}"
 
     def on_backward(self, ctx: CallbackContext) -> None:
@@ -118,30 +146,44 @@ class Watcher(Callback):
         self.recorder.phase = "between"
 
 
-def simulate(config: TrainingConfig, ranks: int = 1, per_node: int = 8, **given: Any) -> Simulation:
+def simulate(
+    config: TrainingConfig,
+    ranks: int = 1,
+    per_node: int = 8,
+    memory: float | None = None,
+    seen: dict[str, Any] | None = None,
+    **given: Any,
+) -> Simulation:
     """Simulate one step of one of `ranks` processes.
 
     Args:
         config: of the run; its callbacks take no part.
         per_node: processes on one machine.
+        memory: bytes of each process's device, by which the engine chooses a strategy with `distributed = "auto"`; None for a CPU.
+        seen: what was read of the configuration's data, for further simulations with the same data; filled by the first.
         given: what `Trainer` was or would be given besides: model, train_dataset, loss, step, optimizer, …
 
     Raises:
         DrivetrainError: when the run cannot be put together. What fails later is in the result's `problems`.
     """
     began = time.monotonic()
-    with simulated(ranks, per_node) as recorder:
+    with simulated(ranks, per_node) as recorder, ExitStack() as stack:
         watcher = Watcher()
         watcher.recorder = recorder
-        bare, accumulation = _bare(config, ranks)
+        bare, accumulation = _bare(config, ranks, {} if seen is None else seen)
+        stack.enter_context(of_memory(memory))
+        stack.enter_context(meeting(_strategies(bare)))
+        stack.enter_context(_no_collection())
         if isinstance(given.get("model"), nn.Module):
             given["model"] = without_memory(given["model"])
         if (known := given.get("train_dataset")) is not None and hasattr(known, "__getitem__"):
             given["train_dataset"] = _Samples(known, _needed(bare, ranks))
+        evaluated = given.pop("eval_dataset", None)
         trainer = Trainer(args=bare, callbacks=[watcher], **given)
         found = _described(trainer, ranks, accumulation)
         samples = given.get("train_dataset", getattr(bare.data, "planned", None))
         found.samples = samples.size if isinstance(samples, _Samples) else None
+        found.eval_samples = _length(evaluated) if evaluated is not None else getattr(bare.data, "evaluated", None)
         try:
             _steps(trainer, found)
         except Exception as error:
@@ -160,6 +202,18 @@ def simulate(config: TrainingConfig, ranks: int = 1, per_node: int = 8, **given:
     return found
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's cyclic garbage collection, whose moments are nobody's: the same step gives the same trace."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 def without_memory(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers are fake; inside a simulated world."""
     memo: dict[int, Any] = {}
@@ -172,24 +226,22 @@ def without_memory(model: nn.Module) -> nn.Module:
 # -- the run, as it would be ---------------------------------------------------------------------------------------------------
 
 
-def _bare(config: TrainingConfig, ranks: int) -> tuple[TrainingConfig, int]:
+def _bare(config: TrainingConfig, ranks: int, seen: dict[str, Any]) -> tuple[TrainingConfig, int]:
     """The configuration with nothing that writes, waits or compiles, and how many microbatches its steps have."""
     bare = copy.copy(config)
     bare.standard_callbacks, bare.callbacks, bare.compile = False, [], False
     bare.device, bare.resume, bare.run_name, bare.eval_interval, bare.eval_data = "cpu", "never", None, None, None
     bare.dataloader = copy.copy(config.dataloader)
     bare.dataloader.num_workers, bare.dataloader.pin_memory = 0, False
+    bare.distributed = _at_once(bare.distributed)
     data_ranks = ranks
-    if (spec := bare.strategy_spec()) is not None:
-        strategy: Any = make_component("strategy", _at_once(spec), "distributed")
-        make = strategy.make_strategy
-        strategy.make_strategy = lambda ctx: rank_of(make(ctx))
-        bare.distributed = strategy
-        tensor = getattr(strategy, "tensor_parallel", None)
+    if bare.distributed != "auto" and (spec := bare.strategy_spec()) is not None:
+        tensor = getattr(make_component("strategy", spec, "distributed"), "tensor_parallel", None)
         data_ranks = ranks // max(1, getattr(tensor, "size", 1))
     bare.model = _unread(bare.model)
     if bare.data is not None and not isinstance(bare.data, Component):
         bare.data = make_component("dataset", bare.data, "data")
+    evaluated = None if config.eval_data is None else make_component("dataset", config.eval_data, "eval_data")
     accumulation = config.gradient_accumulation_steps
     if config.global_batch_size is not None:
         per_round = config.per_device_batch_size * data_ranks
@@ -199,7 +251,7 @@ def _bare(config: TrainingConfig, ranks: int) -> tuple[TrainingConfig, int]:
     else:
         bare.gradient_accumulation_steps = min(accumulation, _MOST_MICROBATCHES)
     if bare.data is not None:
-        _keep_values(bare.data, _needed(bare, ranks))
+        _keep_values(bare.data, _needed(bare, ranks), evaluated if config.eval_interval is not None else False, seen)
     return bare, accumulation
 
 
@@ -224,17 +276,40 @@ def _unread(spec: Any) -> Any:
     return made
 
 
-def _keep_values(data: Any, needed: int) -> None:
-    """Let a data component make and read its data with values, and nothing to evaluate."""
-    make = data.make_dataset
+def _strategies(bare: TrainingConfig) -> set[type]:
+    """The classes of the strategies that the run may take."""
+    spec = bare.strategy_spec()
+    if spec is None or bare.distributed != "auto":
+        return set() if spec is None else {type(make_component("strategy", spec, "distributed"))}
+    names = [name for name in ("ddp", "fsdp", "mpi") if is_installed("strategy", name)]
+    return {type(make_component("strategy", name, "distributed")) for name in names}
+
+
+def _keep_values(data: Any, needed: int, evaluated: Any, seen: dict[str, Any]) -> None:
+    """Let a data component make and read its data with values, and nothing to evaluate; how much there would be is kept.
+
+    Args:
+        evaluated: the component of other data to evaluate on; None for what `data` holds out, False for none.
+    """
+    make, make_eval = data.make_dataset, getattr(data, "make_eval_dataset", lambda ctx: None)
+    if evaluated is not None:
+        make_eval = evaluated.make_dataset if evaluated else lambda ctx: None
 
     def make_dataset(ctx: CallbackContext) -> Any:
-        with real():
-            found = make(ctx)
-        data.planned = _Samples(found, needed) if hasattr(found, "__getitem__") else found
+        if not seen:
+            with real():
+                found = make(ctx)
+                seen["evaluated"] = _length(make_eval(ctx))
+            seen["data"] = _Samples(found, needed) if hasattr(found, "__getitem__") else found
+        data.evaluated, known = seen["evaluated"], seen["data"]
+        data.planned = known.of(needed) if isinstance(known, _Samples) else known
         return data.planned
 
     data.make_dataset, data.make_eval_dataset = make_dataset, lambda ctx: None
+
+
+def _length(data: Any) -> int | None:
+    return len(data) if hasattr(data, "__len__") and hasattr(data, "__getitem__") else None
 
 
 class _Samples:
@@ -245,6 +320,12 @@ class _Samples:
         with real():
             first = [data[index] for index in range(min(self.size, _LOOKED_AT))]
         self._sample = max(first, key=_numbers, default=None)
+
+    def of(self, needed: int) -> _Samples:
+        """The same for another number of samples."""
+        other = copy.copy(self)
+        other._needed = needed
+        return other
 
     def __len__(self) -> int:
         return self._needed if self.size else 0
@@ -328,6 +409,7 @@ def _described(trainer: Trainer, ranks: int, accumulation: int) -> Simulation:
     found = Simulation(ranks, ctx.strategy.data_ranks, ctx.strategy.name, ctx.precision.name, accumulation=accumulation)
     found.parameters = sum(_size_of(p) for p in parameters)
     found.trainable = sum(_size_of(p) for p in parameters if p.requires_grad)
+    found.reason = ctx.strategy.reason
     return found
 
 
@@ -338,23 +420,27 @@ def _size_of(parameter: Any) -> int:
 
 
 def _remembered(found: Simulation, recorder: Recorder, trainer: Trainer) -> None:
-    found.at_peak, found.largest = replay(recorder.events)
-    found.operations, found.collectives = recorder.operations, recorder.collectives
+    changes = [Change(storage.kind or TEMPORARY, phase, size) for storage, size, phase in recorder.events]
     ctx = trainer.ctx
+    if getattr(getattr(ctx.strategy, "options", None), "cpu_offload", False):
+        found.host = replay([change for change in changes if change.kind in _OFFLOADED])[1]
+        changes = [change for change in changes if change.kind not in _OFFLOADED]
+    found.trace = changes
+    found.at_peak, found.largest = replay(changes)
+    found.operations, found.collectives = recorder.operations, recorder.collectives
     state = [ctx.model.state_dict(keep_vars=True), [dict(entries) for entries in ctx.optimizer.state.values()]]
     found.whole = sum(t.numel() * t.element_size() for t in pytree.tree_leaves(state) if isinstance(t, (Tensor, DTensor)))
 
 
-def replay(events: list[tuple[Storage, int]]) -> tuple[dict[str, int], dict[str, int]]:
+def replay(changes: list[Change]) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by kind at the peak, and the most of each kind. By the kinds that are known at the end."""
     now: Counter[str] = Counter()
     total = peak = 0
     at_peak: dict[str, int] = {}
     largest: dict[str, int] = {}
-    for storage, change in events:
-        kind = storage.kind or TEMPORARY
-        now[kind] += change
-        total += change
+    for kind, _, size in changes:
+        now[kind] += size
+        total += size
         largest[kind] = max(largest.get(kind, 0), now[kind])
         if total > peak:
             peak, at_peak = total, dict(now)

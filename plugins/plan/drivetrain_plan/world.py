@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from typing import Any
@@ -14,12 +15,13 @@ import torch._dynamo  # here and now: imported inside, it would see what is repl
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
-from drivetrain import DrivetrainError, Strategy
+from drivetrain import DeviceManager, DrivetrainError, Strategy
 from drivetrain_plan.recorder import Recorder
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -49,9 +51,13 @@ def simulated(ranks: int, per_node: int) -> Iterator[Recorder]:
         stack.enter_context(patch.object(DistributedDataParallel, "__init__", _reducing(DistributedDataParallel.__init__)))
         stack.enter_context(patch.object(DistributedDataParallel, "register_comm_hook", lambda *_: None))
         stack.enter_context(patch.object(torch.Tensor, "_make_subclass", staticmethod(_make_subclass)))
+        for name in ("__init__", "__getitem__", "_concatenate"):  # which ranks there are is no matter of simulation
+            if (made := getattr(DeviceMesh, name, None)) is not None:
+                stack.enter_context(patch.object(DeviceMesh, name, _for_real(made)))
         if hasattr(_fsdp_param, "_chunk_with_empty"):
             stack.enter_context(patch.object(_fsdp_param, "_chunk_with_empty", _first_chunk))
         if ranks > 1:
+            stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # torch names the rank there from here on
             dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
             stack.callback(dist.destroy_process_group)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -74,6 +80,17 @@ def _apply(self: nn.Module, fn: Any, recurse: bool = True) -> nn.Module:
         if buffer is not None:
             self._buffers[name] = fn(buffer)
     return self
+
+
+def _for_real(call: Any) -> Any:
+    """A function whose tensors have values."""
+
+    @wraps(call)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with real():
+            return call(*args, **kwargs)
+
+    return run
 
 
 def _first_chunk(tensor: Tensor, num_chunks: int, dim: int) -> list[Tensor]:
@@ -125,6 +142,30 @@ class _Reducer:
 
     def __getattr__(self, name: str) -> Any:
         return (lambda: False) if name == "_rebuild_buckets" else getattr(self._reducer, name)
+
+
+@contextmanager
+def of_memory(size: float | None) -> Iterator[None]:
+    """Inside, every device has that many bytes of memory of its own; None as for a CPU, which has none."""
+    with patch.object(DeviceManager, "total_memory", None if size is None else int(size)):
+        yield
+
+
+@contextmanager
+def meeting(components: Iterable[type]) -> Iterator[None]:
+    """Inside, the strategies that components of these classes make meet processes that are not there."""
+    with ExitStack() as stack:
+        for cls in components:
+            stack.enter_context(patch.object(cls, "make_strategy", _meeting(cls.make_strategy)))  # type: ignore[attr-defined]
+        yield
+
+
+def _meeting(make: Any) -> Any:
+    @wraps(make)
+    def make_strategy(self: Any, ctx: Any) -> Strategy:
+        return rank_of(make(self, ctx))
+
+    return make_strategy
 
 
 def rank_of(strategy: Strategy) -> Strategy:

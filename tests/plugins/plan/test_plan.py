@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from torch import Tensor, nn
 
 from drivetrain import (
@@ -28,8 +29,9 @@ from drivetrain_plan import DeviceProfile, load_profile, plan
 from drivetrain_plan.calibrate import save
 from drivetrain_plan.profiles import names, parse, seconds_on
 from drivetrain_plan.recorder import Collective, Recorder
-from drivetrain_plan.roofline import collective_time
-from drivetrain_plan.scaling import scaled
+from drivetrain_plan.roofline import collective_time, step_time
+from drivetrain_plan.scaling import Family, Size
+from drivetrain_plan.simulate import Simulation, simulate
 
 WIDTH, BATCH = 64, 16
 
@@ -139,16 +141,51 @@ class TestCourse:
         assert json.loads(json.dumps(found.to_dict()))["memory"]["peak"] == found.simulation.peak
 
 
+def simulated(samples: int, accumulation: int = 1, model: nn.Module | None = None) -> Simulation:
+    changes = {"per_device_batch_size": samples, "gradient_accumulation_steps": accumulation}
+    return simulate(
+        config(**changes),
+        model=net(nn.ReLU()) if model is None else model,
+        train_dataset=data(),
+        loss=nn.MSELoss(),
+        precision=Precision(),
+    )
+
+
 class TestScaling:
-    def test_more_samples_and_microbatches(self) -> None:
-        base = planned(per_device_batch_size=8).simulation
-        grown, real = scaled(base, 1, microbatch=2), planned(per_device_batch_size=16).simulation
-        assert grown.largest["activations"] == pytest.approx(real.largest["activations"], rel=0.01)
-        assert sum(o.flops * n for o, n in grown.operations.items()) == sum(o.flops * n for o, n in real.operations.items())
+    def test_the_peak_is_found_wherever_it_moves_to(self) -> None:
+        """Of few samples the update takes most, of many the backward."""
+        wide = [nn.Linear(WIDTH, 8 * WIDTH), *(nn.GELU() for _ in range(8)), nn.Linear(8 * WIDTH, WIDTH)]
+        family = Family(simulated(2, model=net(*wide)), simulated(4, model=net(*wide)))
+        mostly = set()
+        for samples in (1, 4, 16, 64):
+            for accumulation in (1, 3):
+                real = simulated(samples, accumulation, net(*wide))
+                assert family.peak(Size(1, 1, samples, accumulation)) == pytest.approx(real.peak, rel=0.05)
+                mostly.add(max(real.at_peak, key=lambda kind: real.at_peak[kind]))
+        assert len(mostly) > 1, "else this test could not fail"
+
+    def test_scaling_one_peak_would_be_wrong(self) -> None:
+        """The negative control: what was done before, every kind of the peak times the samples."""
+        small, large = simulated(1), simulated(64)
+        grown = sum(size * (64 if kind in ("activations", "temporary", "batch") else 1) for kind, size in small.at_peak.items())
+        assert abs(grown / large.peak - 1) > 0.05
+
+    def test_a_step_that_takes_another_course_is_not_taken_for_a_line(self) -> None:
+        small, large = simulated(2), simulated(4)
+        family = Family(evolve(small, trace=small.trace[:-3]), large)
+        assert family.peak(Size(1, 1, 4, 1)) == large.peak
+        assert family.peak(Size(1, 1, 16, 1)) > 0.99 * simulated(16).peak
+
+    def test_the_time_is_on_the_line_too(self) -> None:
+        family, device = Family(simulated(2), simulated(4)), load_profile("h100")
+        assert family.time(Size(1, 1, 16, 1), device).total.likely == pytest.approx(
+            step_time(simulated(16), device).total.likely, rel=0.05
+        )
 
     def test_ddp_reduces_all_gradients_among_all(self) -> None:
         base = planned().simulation
-        (collective,) = scaled(base, 4).collectives
+        (collective,) = Family(base, base).collectives(Size(4, 1, BATCH, 1))
         assert (collective.name, collective.size, collective.ranks) == ("all-reduce", base.largest["gradients"], (0, 1, 2, 3))
 
 
