@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import ctypes
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -217,6 +218,8 @@ class _Packer:
 
     def _divided(self, parts: Parts, same: object, file: str, path: Path_) -> list[Any]:
         """The same for one of which this process has parts. The names are the same on all processes."""
+        if not math.prod(parts.shape):  # nobody has a part of it: all say that it is empty
+            parts = Parts(parts.shape, parts.dtype, {(0,) * len(parts.shape): torch.empty(parts.shape, dtype=parts.dtype)})
         for piece in parts.pieces.values():
             _check_storable(piece, path)
         name = self._free_name(file, path[1:] if file == MODEL_FILE else path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 from drivetrain_checkpoint.errors import CheckpointError
 from drivetrain_checkpoint.find import Checkpoint
 from drivetrain_checkpoint.manifest import MANIFEST_FILE, read_manifest
-from drivetrain_checkpoint.text import MAX_TREE_BYTES, TREE_FILE, load_json
+from drivetrain_checkpoint.text import INDEX_FILE, MAX_TREE_BYTES, TREE_FILE, load_json
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _MAX_DEPTH = 200
@@ -52,7 +53,8 @@ def checkpoint_lines(path: Path) -> Iterator[str]:
     yield ""
     try:
         headers = {name: _header(path / name) for name in manifest.files if name.endswith(".safetensors")}
-        yield from _tree_lines(_read_tree(path / TREE_FILE), headers)
+        headers[INDEX_FILE] = _read_json(path / INDEX_FILE)["tensors"] if INDEX_FILE in manifest.files else {}
+        yield from _tree_lines(_read_json(path / TREE_FILE), headers)
     except (OSError, ValueError, TypeError, LookupError, RecursionError, struct.error) as error:
         raise CheckpointError(
             f"{path}: cannot be shown ({type(error).__name__}: {error}); see: drivetrain checkpoint verify"
@@ -70,7 +72,7 @@ def run_lines(run_dir: Path, found: list[Checkpoint]) -> Iterator[str]:
             yield f"  {plain(one.path.name)}  step {one.step}, {size_text(total)}"
 
 
-def _read_tree(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     if path.stat().st_size > MAX_TREE_BYTES:
         raise ValueError(f"{path.name} is larger than any checkpoint's")
     return load_json(path.read_bytes())
@@ -127,11 +129,20 @@ def _leaf(item: Any, headers: Mapping[str, Headers]) -> str | None:
 def _tensor(reference: list[Any], headers: Mapping[str, Headers]) -> str:
     file, name, *special = reference
     entry = headers[file][name]
+    if file == INDEX_FILE:
+        count, size = len(entry["chunks"]), _divided_size(entry)
+        return plain(f"{entry['dtype']} {tuple(entry['shape'])}, {size_text(size)} in {count} part{'s' if count != 1 else ''}")
     start, end = entry["data_offsets"]
     kind = special[0] if special else re.sub(r"^(BF|F|I|U)(?=\d)", lambda match: _WORDS[match[1]], entry["dtype"]).lower()
     kind = f"{kind}fn" if kind == "float8_e4m3" else kind  # which the format does not say
     shape = special[1] if special else entry["shape"]
     return plain(f"{kind} {tuple(shape)}, {size_text(end - start)}")
+
+
+def _divided_size(entry: Mapping[str, Any]) -> int:
+    """The bytes of all parts of a tensor; types such as float8_e4m3fn or complex64 begin with their bits."""
+    bits = re.findall(r"\d+", entry["dtype"]) or ["8"]
+    return int(bits[0]) * math.prod(map(int, entry["shape"])) // 8
 
 
 def _short(value: Any) -> str:
