@@ -24,6 +24,7 @@ from drivetrain.hooks import Event
 from drivetrain.manifest import Change, compare, describe
 from drivetrain.output import Step, TrainOutput
 from drivetrain.precision import Precision
+from drivetrain.registry import load
 from drivetrain.rng import full_state, in_turns, mix, seed_all, set_full_state
 from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
@@ -266,6 +267,20 @@ class Trainer:
             what = f"written to ({file.name})" if file.is_relative_to(run_dir) and file != run_dir else "made"
             message = f"the run directory {path} cannot be {what}: {error.strerror}. Choose another output_dir."
             raise ConfigError([Problem("output_dir", message)]) from error
+
+    def plan(self, ranks: int | None = None, device: str = "auto", **options: Any) -> Any:
+        """Memory, time and cost of this run on `ranks` devices, without running it: a `drivetrain_plan.Plan`.
+
+        Args:
+            ranks: processes, one for each device; by default one, or with `sweep=True` all that can be tried.
+            device: the name of a device's profile ("h100"), or a TOML file.
+            options: `price`, of a device for an hour; `sweep=True` for a `drivetrain_plan.Sweep` of other ways to run it.
+
+        Raises:
+            PluginError: when drivetrain-plan is not installed.
+        """
+        command: Any = load("command", "plan")
+        return command.plan(self, ranks=ranks, device=device, **options)
 
     def plugins(self) -> list[str]:
         """The names of the run's components, in the order of their calls."""
