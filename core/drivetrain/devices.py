@@ -97,7 +97,7 @@ def _choose(wanted: str, local_rank: int) -> torch.device:
     if kind not in _KNOWN or (index and not index.isdigit()) or (kind == "cpu" and int(index or 0) > 0):
         raise _refusal(wanted, f"no device is called {wanted!r}")
     if kind == "cpu":
-        return torch.device("cpu")
+        return torch.device(wanted)
     if not (getattr(torch, kind, None) or getattr(torch.backends, kind)).is_available():
         raise _refusal(wanted, f"torch {torch.__version__} sees no {kind} device here")
     if not index:
@@ -118,6 +118,8 @@ def _mine(kind: str, local_rank: int) -> torch.device:
         return torch.device(kind, 0)
     many = f"{count} {kind} device{'s' if count != 1 else ''}"
     message = f"process {local_rank + 1} of this machine has none: there are only {many}. Start {count}, or train with device = 'cpu'."
+    if (place := detect()).launcher == "mpi" and len(place.evidence) == 2:
+        message += " (The launcher does not say which of a machine's processes this is: set MPI_LOCALRANKID and MPI_LOCALNRANKS.)"
     raise ConfigError([Problem("device", message)])
 
 
