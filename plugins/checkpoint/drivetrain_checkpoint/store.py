@@ -308,15 +308,16 @@ class Store:
 
     def clean(self) -> None:
         """Remove what an earlier process left unfinished: directories with a temporary name of ours and nothing else."""
-        try:
-            leftovers = [e for e in os.scandir(self.root) if _TEMPORARY.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-        except OSError:
-            return
-        for entry in leftovers:
+        for folder in (self.run_dir, self.root):  # a probe is made where there are no checkpoints yet
             try:
-                self._remove_flat(self.root / entry.name)
-            except OSError as error:
-                warnings.warn(f"{self.root / entry.name}: a leftover could not be removed: {error}", stacklevel=2)
+                leftovers = [e for e in os.scandir(folder) if _TEMPORARY.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+            except OSError:
+                continue
+            for entry in leftovers:
+                try:
+                    self._remove_flat(folder / entry.name)
+                except OSError as error:
+                    warnings.warn(f"{folder / entry.name}: a leftover could not be removed: {error}", stacklevel=2)
 
     # -- steps of a transaction ------------------------------------------------------------------------------------------
 
