@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from drivetrain.presets import get_qlora_config as get_qlora_config
     from drivetrain.registry import is_installed as is_installed
     from drivetrain.strategy import Strategy as Strategy
+    from drivetrain.synchronizer import GradientSynchronizer as GradientSynchronizer
     from drivetrain.tracking import Tracker as Tracker
     from drivetrain.trainer import Trainer as Trainer
 

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
 CheckFunction = Callable[[Subject], None]
 _CHECKS: dict[str, tuple[tuple[str, ...], CheckFunction]] = {}
+_PROCESSES: set[str] = set()  # checks that start some, and take seconds
 COMPONENTS = ("optimizer", "scheduler", "precision", "strategy", "callback", "tracker", "mode", "model", "dataset")
 ORDINARY = tuple(kind for kind in COMPONENTS if kind != "dataset")  # kinds that take part in every step
 _MODULES = ("options", "metadata", "runs", "steps", "optimizers", "parts", "strategies", "others")
 
 
-def check(*kinds: str) -> Callable[[CheckFunction], CheckFunction]:
+def check(*kinds: str, processes: bool = False) -> Callable[[CheckFunction], CheckFunction]:
     """Make a function a check of plugins of some kinds (of all, without any); its name is the check's."""
 
     def add(function: CheckFunction) -> CheckFunction:
         _CHECKS[function.__name__] = (kinds or KINDS, function)
+        _PROCESSES.update([function.__name__] if processes else [])
         return function
 
     return add
@@ -99,7 +101,11 @@ def checks_for(thing: Any, kind: str | None = None, **setting: Any) -> list[Chec
 
 
 def conformance(
-    *things: Any, kind: str | None = None, unsupported: Mapping[str, str] | None = None, **setting: Any
+    *things: Any,
+    kind: str | None = None,
+    unsupported: Mapping[str, str] | None = None,
+    processes: pytest.MarkDecorator | None = None,
+    **setting: Any,
 ) -> pytest.MarkDecorator:
     """Parametrise a test with every check that applies, each with an id of its own:
 
@@ -112,6 +118,7 @@ def conformance(
         kind: their kind, where it does not show.
         unsupported: checks that the plugin does not pass, with the reason; one that passes after all fails, so that what is
             said here stays true, and so does one that ends in anything but its own verdict.
+        processes: a mark of your own for checks that start processes and take seconds, to leave them out of a quick suite.
         setting: what the checks need, see `Subject`.
     """
     import pytest
@@ -120,16 +127,11 @@ def conformance(
     every = [check for thing in things for check in checks_for(thing, kind, **setting)]
     if unknown := set(stated) - {check.name for check in every}:
         raise PluginError(f"unsupported names {unknown_check(sorted(unknown), {check.name for check in every})}")
-    rows = [
-        pytest.param(
-            one,
-            id=one.name if len(things) == 1 else f"{one.subject.name}-{one.name}",
-            marks=[pytest.mark.xfail(reason=stated[one.name], strict=True, raises=ConformanceError)]
-            if one.name in stated
-            else [],
-        )
-        for one in every
-    ]
+    rows = []
+    for one in every:
+        marks = [pytest.mark.xfail(reason=stated[one.name], strict=True, raises=ConformanceError)] if one.name in stated else []
+        marks += [processes] if processes is not None and one.name in _PROCESSES else []
+        rows.append(pytest.param(one, id=one.name if len(things) == 1 else f"{one.subject.name}-{one.name}", marks=marks))
     return pytest.mark.parametrize("check", rows)
 
 

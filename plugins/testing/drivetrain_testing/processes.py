@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,19 @@ class ProcessError(AssertionError):
 
 
 class GlooStrategy(ProcessGroupStrategy):
-    """Data parallelism without overlap: gradients are averaged after backward. For tests that have no strategy of their own."""
+    """Data parallelism in its plainest form, for tests that have no strategy of their own."""
 
     name = "gloo"
 
+    def wrap(self, model: nn.Module) -> nn.Module:
+        self.synchronizer = GradientSynchronizer(model.parameters())
+        return model
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[Any] | None:
+        return self.synchronizer.no_sync()
+
     def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        GradientSynchronizer(parameters).reduce()
+        self.synchronizer.reduce()
 
 
 def run_processes(

@@ -217,9 +217,8 @@ class Watch(Callback):
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:
-        """Tell the plugins of a device."""
+        """Let tensors say that they are on a device, as `ctx.device` does."""
         if self.what == "reads":
-            ctx.device = ACCELERATOR
             self._whole.enter_context(_Accelerator())
 
     @hook(tryfirst=True)

@@ -524,6 +524,12 @@ class _OwnFormat(GlooStrategy):
 
 
 class _NoReduce(GlooStrategy):
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, model: nn.Module) -> None:
+        return None
+
     def reduce_gradients(self, parameters: Any) -> None: ...
 
 

@@ -81,7 +81,7 @@ def imports_no_sibling(subject: Subject) -> None:
     )
 
 
-@check()
+@check(processes=True)
 def imports_in_silence(subject: Subject) -> None:
     """Importing it works without a GPU, prints nothing and changes nothing in the process."""
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from copy import deepcopy
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -112,7 +111,7 @@ def overflows_are_skipped(subject: Subject) -> None:
     )
 
 
-@check("strategy")
+@check("strategy", processes=True)
 def collectives_agree(subject: Subject) -> None:
     """On two ranks: sum adds, gather orders by rank, and both ends of the run can be repeated."""
     try:
@@ -129,7 +128,7 @@ def collectives_agree(subject: Subject) -> None:
     )
 
 
-@check("strategy")
+@check("strategy", processes=True)
 def weights_keep_their_names(subject: Subject) -> None:
     """A checkpoint of this strategy fits every other: the names are the unwrapped model's."""
     try:
@@ -149,12 +148,11 @@ def weights_keep_their_names(subject: Subject) -> None:
 @check("tracker")
 def trackers_close_in_any_order(subject: Subject) -> None:
     """`close` is called after a `start` that failed as well, a step may come twice, a text may have any characters."""
-    tracker, context = subject.fresh(), SimpleNamespace(run_dir=_folder(subject), step=0, resumed=False, is_main=True)
+    tracker, context = subject.fresh(), subject.plain_trainer().ctx
     step = "close without start"
     try:
         tracker.close()
         step = "log, text and close after start"
-        context.config = subject.trainer().config
         tracker.start(context)
         tracker.log({"train/loss": 1.0, "odd name é": math.nan}, 1)
         tracker.log({"eval/loss": math.inf}, 1)
@@ -242,12 +240,6 @@ def _names(subject: Subject) -> tuple[list[str], list[str], str]:
     except Exception as error:
         return sorted(state), sorted(tiny_model().state_dict()), f"{type(error).__name__}: {error}"
     return sorted(state), sorted(tiny_model().state_dict()), ""
-
-
-def _folder(subject: Subject) -> Any:
-    from pathlib import Path
-
-    return Path(subject.folder)
 
 
 def _some(data: Any) -> list[Any]:

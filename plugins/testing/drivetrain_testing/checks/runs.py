@@ -124,7 +124,7 @@ def resumes_bit_equal(subject: Subject) -> None:
     _compare(subject, final_state(second), final_state(straight), final_state(again))
 
 
-@check(*_STATEFUL)
+@check(*_STATEFUL, processes=True)
 def a_killed_run_resumes_bit_equal(subject: Subject) -> None:
     """The same with processes: SIGKILL in the middle of step 6, on from what was saved after step 4."""
     _require_pickle(subject)
@@ -137,7 +137,7 @@ def a_killed_run_resumes_bit_equal(subject: Subject) -> None:
     _compare(subject, found.resumed, found.straight, found.straight)
 
 
-@check(*COMPONENTS)
+@check(*COMPONENTS, processes=True)
 def two_ranks_equal_one(subject: Subject) -> None:
     """Two processes with half of each step's samples end with the same weights, those of one process up to rounding."""
     _require_pickle(subject)
@@ -205,17 +205,20 @@ class _Planted(Exception):
 
 
 class _FailingContext:
-    """A context of which nothing can be read."""
+    """A context of which nothing can be read until its hook is over."""
 
     def __init__(self) -> None:
-        self.__dict__["read"] = False
+        self.__dict__.update(read=False, real=None)
 
     def __getattr__(self, name: str) -> Any:
+        if self.real is not None:
+            return getattr(self.real, name)
         self.__dict__["read"] = True
         raise _Planted(f"no {name} today")
 
     def __setattr__(self, name: str, value: Any) -> None:
         self.__getattr__(name)
+        setattr(self.real, name, value)
 
 
 def _plant(thing: Any, name: str, context: _FailingContext) -> None:
@@ -223,7 +226,11 @@ def _plant(thing: Any, name: str, context: _FailingContext) -> None:
     original = getattr(thing, name)
 
     def planted(ctx: CallbackContext) -> Any:
-        return original(context)
+        context.__dict__["real"] = None
+        try:
+            return original(context)
+        finally:
+            context.__dict__["real"] = ctx
 
     vars(planted).update(vars(original))  # its place among the listeners
     setattr(thing, name, planted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from drivetrain_testing.kit import ORDINARY, check
 from drivetrain_testing.subject import Subject
-from drivetrain_testing.watching import PretendedRanks, Watch, pretended_group
+from drivetrain_testing.watching import ACCELERATOR, PretendedRanks, Watch, pretended_group
 
 _LATER = "do it in on_log or on_evaluate_end, or in on_every with a period of its own"
 
@@ -55,7 +55,7 @@ def steps_cost_few_calls(subject: Subject) -> None:
 
 def _watch(subject: Subject, what: str) -> list[str]:
     watch = Watch(what=what)
-    subject.trainer(watch).train()
+    subject.trainer(watch, **({"device": str(ACCELERATOR)} if what == "reads" else {})).train()
     return watch.found
 
 

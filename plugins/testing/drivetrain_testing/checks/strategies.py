@@ -19,7 +19,7 @@ _NEAR = 1e-6  # of float64, after sums in another order
 _HALF = 4
 
 
-@check("strategy")
+@check("strategy", processes=True)
 def partial_windows_are_exact(subject: Subject) -> None:
     """Samples that count differently, in a step within which the data ends: the mean is over all of them, whichever rank has them."""
     first, second = _on_two_ranks(subject, _partial)
@@ -33,7 +33,7 @@ def partial_windows_are_exact(subject: Subject) -> None:
     )
 
 
-@check("strategy")
+@check("strategy", processes=True)
 def states_fit_other_strategies(subject: Subject) -> None:
     """A run goes on without the strategy from a state that was saved with it, and the other way."""
     state, _ = _on_two_ranks(subject, _first_half)
