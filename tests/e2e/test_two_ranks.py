@@ -49,7 +49,7 @@ class TestAnomalies:
         assert not found["equal"], "negative control for the one above: the step has counted"
         assert found["finite"]
         assert all(found["weights"])
-        assert found["steps"] == 16
+        assert found["steps"] == 16 - ("fp16" in name), "a loss scale leaves an overflow out without counting it"
         (event,) = found["events"]
         assert (event["step"], event["did"]) == (10, "left out")
         assert event["loss"] in ({"nan": ["NaN"], "inf": ["Infinity", "NaN"]}.get(name[:3]) or [event["loss"]])

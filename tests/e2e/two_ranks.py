@@ -80,7 +80,7 @@ def anomalies(folder: Path) -> dict[str, Any]:
         reference = run(folder, f"{name}-reference", batches(accumulation, without=True), **options)
         reference.train()
         for policy in ("rollback", "skip", "raise"):
-            callback = AnomalyCallback(nonfinite=policy, spike=policy, warmup=4, snapshot_every=4)
+            callback = AnomalyCallback(nonfinite=policy, spike=policy, warmup=4, snapshot_every=4, renew_every=4)
             trainer = run(folder, f"{name}-{policy}", batches(accumulation, how), callback, **options)
             error = ""
             try:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import Callback, ModelError, component, hook, option, state
-from drivetrain_anomaly.detect import LARGE_GRADIENT, LARGE_LOSS, NONFINITE_GRADIENT, NONFINITE_LOSS, Detector, norms_of, worst
+from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, judge_for, norms_of, worst
 from drivetrain_anomaly.record import Anomaly, append, samples_of
 
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
 Policy = Literal["raise", "skip", "rollback", "ignore"]
 _said = logging.getLogger("drivetrain.anomaly")
 _MOST_UNREAD = 1024
-_KINDS = {LARGE_GRADIENT: "spike", LARGE_LOSS: "spike", NONFINITE_GRADIENT: "nonfinite", NONFINITE_LOSS: "nonfinite"}
-
-# A step that no logging step has read yet: its number, epoch and window, the names of its gradients (None: all), and on the
-# device the judgement, the loss, the gradient norm and the index of the gradient to blame
-Unread = tuple[int, int, int, list[str] | None, Tensor]
 
 
 def _more_than(least: float) -> Any:
@@ -55,13 +50,16 @@ class AnomalyCallback(Callback):
     - `ignore` only tells.
 
     A spike is a gradient norm, or a loss, above a factor times its exponential mean over the good steps. With a loss scale (fp16)
-    gradients that overflow are the scale's business; a loss that is not finite is an anomaly. A state that is saved between a bad window
-    and the next logging step holds the snapshot as well, so a run that goes on from it ends with the same bits; with sharded weights it
-    does not, and that window stays skipped.
+    gradients that overflow are the scale's business, which leaves the update out and does not count the step; so it does when the loss
+    is not finite, which is an anomaly. A state that is saved between a bad window and the next logging step holds the snapshot as
+    well, so a run that goes on from it ends with the same bits; with sharded weights it does not, and that window stays skipped.
 
-    Each anomaly is a line of RUN_DIR/events.jsonl with step, loss, gradient norm, tensor and sample indices, and a warning. Cost: one more
-    reading of the gradients by the device. A fused optimizer leaves a bad update out on the device; before any other, the host
-    reads one value a step, as with fp16. `loss_factor` with several processes costs an all-reduce of one number a step.
+    Each anomaly is a line of RUN_DIR/events.jsonl with step, loss, gradient norm, tensor and sample indices, and a warning.
+
+    Cost: three operations on one number a step, with the gradient norm that `max_grad_norm` needs anyway (without a limit it is computed),
+    and some 30 more every `renew_every` steps, when means and limits are renewed. A fused optimizer leaves a bad update out on the device. Before
+    any other, the host reads one value a step; with a loss scale only if spikes are to be kept out. `loss_factor` with several processes
+    costs an all-reduce of one number a step.
     """
 
     nonfinite: Policy = option(default="raise", help="what to do about NaN and infinity: raise, skip, rollback or ignore")
@@ -74,6 +72,9 @@ class AnomalyCallback(Callback):
     )
     warmup: int = option(default=50, validator=_more_than(0), help="good steps before anything is called a spike")
     decay: float = option(default=0.98, validator=_decay, help="of the exponential means")
+    renew_every: int = option(
+        default=16, validator=_more_than(0), help="steps from one renewal of the means and of the limits by them to the next"
+    )
     snapshot_every: int = option(default=100, validator=_more_than(0), help="steps between two snapshots for rollback")
     max_rollbacks: int = option(default=10, validator=_more_than(0), help="so many in a run; one more ends it")
 
@@ -90,6 +91,12 @@ class AnomalyCallback(Callback):
     _sharded: bool = attrs.field(default=False, init=False, repr=False)
     _scaled: bool = attrs.field(default=False, init=False, repr=False)
     _shares_loss: bool = attrs.field(default=False, init=False, repr=False)
+    _loss_counts: bool = attrs.field(
+        default=True, init=False, repr=False
+    )  # in the judgement of a step: it is that of all ranks
+    _judge: Any = attrs.field(default=None, init=False, repr=False)  # tells whether to veto; None when nothing ever is
+    _guard: Any = attrs.field(default=None, init=False, repr=False)  # the limits above which it does
+    _ctx: Any = attrs.field(default=None, init=False, repr=False)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -97,9 +104,10 @@ class AnomalyCallback(Callback):
         """The means, and the judgements that no logging step has read yet."""
         if self._restored is not None:
             return dict(self._restored)
-        means = None if self._detector is None else {"means": self._detector.means, "seen": self._detector.seen}
-        state: dict[str, Any] = {"left_out": [list(place) for place in self.left_out], "means": means}
-        state["unread"] = [[*row] for row in self._unread]
+        state: dict[str, Any] = {"left_out": [list(place) for place in self.left_out]}
+        state["detector"] = None if self._detector is None else self._detector.state_dict()
+        self._share_losses()
+        state["unread"] = [row._asdict() for row in self._unread]
         if self._owes_a_rollback():
             state["snapshot"] = {"step": self._snapshot_step, "state": self._snapshot}
         return state
@@ -114,10 +122,11 @@ class AnomalyCallback(Callback):
         saved, self._restored = self._restored, None
         self.left_out = [(epoch, window) for epoch, window in saved["left_out"]]
         device = self._detector.seen.device
-        self._unread = [(*place, row.to(device)) for *place, row in saved["unread"]]
-        if saved["means"] is not None:
-            self._detector.means = saved["means"]["means"].to(device, copy=True)
-            self._detector.seen = saved["means"]["seen"].to(device, copy=True)
+        rows: list[Any] = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()} for row in saved["unread"]]
+        self._unread = [Unread(**row) for row in rows]
+        if saved["detector"] is not None:
+            self._detector.load_state_dict(saved["detector"])
+        self._set_guard()
         if kept := saved.get("snapshot"):
             self._snapshot, self._snapshot_step = kept["state"], kept["step"]
 
@@ -128,8 +137,17 @@ class AnomalyCallback(Callback):
         """
         if self._snapshot is None or not self._unread or self._sharded:
             return False
-        verdicts = torch.stack([row[0] for *_, row in self._unread]).tolist()
-        return any(verdict and self._policy_of(_KINDS[int(verdict)]) == "rollback" for verdict in verdicts)
+        owed = {kind for kind in ("spike", "nonfinite") if self._policy_of(kind) == "rollback"}
+        numbers = self._numbers()
+        if self._scaled and not self._loss_counts and "nonfinite" in owed:  # it may be the loss of another rank
+            return any(not math.isfinite(norm) for _, norm, *_ in numbers)
+        return any(found and found[0] in owed for found in map(self._judged, numbers))
+
+    def _share_losses(self) -> None:
+        """Let the unread rows have the mean loss, for a state is rank 0's alone. A collective, on all ranks alike."""
+        if self._unread and self._ctx is not None and self._ctx.strategy.world_size > 1 and not self._shares_loss:
+            losses = self._ctx.strategy.sum(torch.stack([row.loss for row in self._unread])) / self._ctx.strategy.world_size
+            self._unread = [row._replace(loss=loss) for row, loss in zip(self._unread, losses.unbind(), strict=True)]
 
     # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -138,13 +156,17 @@ class AnomalyCallback(Callback):
         names = {id(p): name for name, p in ctx.model.named_parameters()}
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
-        self._scaled = ctx.precision.scales and ctx.precision.dtype == torch.float16
-        self._shares_loss = ctx.strategy.world_size > 1 and (self.loss_factor is not None or self._scaled)
+        self._ctx, self._scaled = ctx, ctx.precision.scales and ctx.precision.dtype == torch.float16
+        self._shares_loss = ctx.strategy.world_size > 1 and self.loss_factor is not None
         self._sharded = any(hasattr(p, "to_local") for p in self._parameters)
         if self._detector is None:
             self._detector = Detector.on(ctx.device, self.loss_factor, self.norm_factor, self.warmup, self.decay)
         if self._restored is not None:
             self._take_over()
+        self._set_guard()
+        self._loss_counts = self.loss_factor is not None or ctx.strategy.world_size == 1
+        vetoed = {"spikes": self.spike != "ignore", "nonfinite": self.nonfinite != "ignore" and not self._scaled}
+        self._judge = judge_for(ctx.device, self._loss_counts, self.loss_factor is not None, **vetoed)
         ctx.left_out |= set(self.left_out)
         self._snapshot_is_due = self._rolls_back and not self._owes_a_rollback()
 
@@ -156,25 +178,28 @@ class AnomalyCallback(Callback):
             self._snapshot, self._snapshot_step = _copied(ctx.state_dict(own=True)), ctx.step
 
     @hook(tryfirst=True)
-    def on_gradients(self, ctx: CallbackContext) -> None:
+    def on_clipped(self, ctx: CallbackContext) -> None:
         """Judge the step, and veto its update, without a word to the host."""
-        assert ctx.loss_tensor is not None
-        grads = [p.grad for p in self._parameters if p.grad is not None]
-        names = None if len(grads) == len(self._parameters) else self._names_with_gradient()
-        norms, loss, ranks = norms_of(grads), ctx.loss_tensor.detach().float(), ctx.strategy.world_size
-        norm = torch.linalg.vector_norm(norms)
-        shown = loss
+        loss, norm, norms = ctx.loss_tensor, ctx.grad_norm, ctx.strategy.norms
+        assert loss is not None
+        if norm is None:  # nothing else needed it
+            norms = self._own_norms()
+            norm = torch.linalg.vector_norm(norms)
+        names = None if norms is None or len(norms) == len(self._parameters) else self._names_with_gradient()
+        if loss.dtype != torch.float32 or norm.dtype != torch.float32:
+            loss, norm = loss.float(), norm.float()
         if self._shares_loss:
-            loss = shown = ctx.strategy.sum(loss) / ranks
-        elif ranks > 1:  # one rank's share must not decide; a NaN in it is in the gradients of all
-            loss = torch.zeros_like(loss)
-        verdict = self._detector.judge(loss, norm, self._scaled)
-        row = torch.stack((verdict, shown, norm, worst(norms).float()))
-        self._unread.append((ctx.step + 1, ctx.epoch, ctx.step_in_epoch, names, row))
-        if self.nonfinite != "ignore" or self.spike != "ignore":
-            ctx.veto = self._vetoed(verdict)
-        if len(self._unread) > _MOST_UNREAD:  # logging is rare in this run
-            self._unread = self._worth_keeping()
+            loss = ctx.strategy.sum(loss) / ctx.strategy.world_size
+        if self._judge is not None:
+            ctx.veto = self._judge(loss, norm, self._guard)
+        step, detector = ctx.step + 1, self._detector
+        self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, loss, norm, norms, detector.limits))
+        detector.fresh.append((loss if self._loss_counts else norm, norm))
+        if step % self.renew_every == 0:
+            detector.renew()
+            self._set_guard()
+            if len(self._unread) > _MOST_UNREAD:  # logging is rare in this run
+                self._unread = self._worth_keeping()
 
     @hook(tryfirst=True)
     def on_log(self, ctx: CallbackContext) -> None:
@@ -187,7 +212,7 @@ class AnomalyCallback(Callback):
         for anomaly in found:
             self._tell(ctx, anomaly, back)
         if fatal := next((a for a in found if self._policy(a) == "raise"), None):
-            raise ModelError(f"{fatal}. Its update was left out; {_samples(fatal)}.")
+            raise ModelError(f"{fatal}. Its update was {'left out' if fatal.left_out else 'made'}; {_samples(fatal)}.")
         if back:
             self._go_back(ctx, back)
         elif self._rolls_back and ctx.step >= self._snapshot_step + self.snapshot_every:
@@ -223,43 +248,71 @@ class AnomalyCallback(Callback):
     def _policy_of(self, kind: str) -> Policy:
         return self.spike if kind == "spike" else self.nonfinite
 
-    def _vetoed(self, verdict: Tensor) -> Tensor:
-        if "ignore" not in (self.nonfinite, self.spike):
-            return verdict
-        is_nonfinite = verdict >= NONFINITE_GRADIENT
-        return ((verdict > 0) & (~is_nonfinite if self.nonfinite == "ignore" else is_nonfinite)).float()
+    def _set_guard(self) -> None:
+        limits = self._detector.limits if self.spike != "ignore" else torch.full_like(self._detector.limits, NO_LIMIT)
+        self._guard = limits if self.loss_factor is not None else limits[1]
+
+    def _own_norms(self) -> Tensor:
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        return norms_of(grads) if grads else torch.zeros(1, device=self._detector.seen.device)
 
     def _names_with_gradient(self) -> list[str]:
         return [name for name, p in zip(self._names, self._parameters, strict=True) if p.grad is not None]
 
+    def _numbers(self) -> list[tuple[float, float, float, float]]:
+        """Of each unread step: loss, gradient norm and their limits, in one transfer. Waits for the device."""
+        if not self._unread:
+            return []
+        values = torch.stack([value for row in self._unread for value in (row.loss, row.norm)]).view(-1, 2)
+        limits = torch.stack([row.limits for row in self._unread])
+        return [tuple(row) for row in torch.cat((values, limits), dim=1).tolist()]
+
+    def _judged(self, numbers: tuple[float, float, float, float]) -> tuple[str, bool] | None:
+        """What kind of anomaly a step was, and whether it is the loss that says so; None for a good one."""
+        loss, norm, loss_limit, norm_limit = numbers
+        if not math.isfinite(loss):
+            return "nonfinite", True
+        if not math.isfinite(norm):
+            return None if self._scaled else ("nonfinite", False)
+        if norm > norm_limit:
+            return "spike", False
+        return ("spike", True) if self.loss_factor is not None and loss > loss_limit else None
+
     def _worth_keeping(self) -> list[Unread]:
-        """The rows that tell of something; waits for the device, once in a thousand steps without a log."""
-        flags = torch.stack([row[0] for *_, row in self._unread]).tolist()
-        return [unread for unread, flag in zip(self._unread, flags, strict=True) if flag]
+        """The rows that may tell of something; waits for the device, once in a thousand steps without a log."""
+        numbers = self._numbers()
+        return [row for row, n in zip(self._unread, numbers, strict=True) if self._judged(n) or not math.isfinite(n[1])]
 
     def _read(self, ctx: CallbackContext, together: bool) -> list[Anomaly]:
         """What was found since the last reading, in one transfer; all ranks together have the loss of all."""
-        unread, self._unread = self._unread, []
-        rows = torch.stack([row for *_, row in unread]).tolist() if unread else []
-        bad = [(place, values) for place, values in zip(unread, rows, strict=True) if values[0]]
-        if bad and together and ctx.strategy.world_size > 1 and not self._shares_loss:
-            losses = ctx.strategy.sum(torch.tensor([values[1] for _, values in bad], device=ctx.device))
-            for (_, values), loss in zip(bad, losses.tolist(), strict=True):
-                values[1] = loss / ctx.strategy.world_size
-        return [self._anomaly(ctx, place, values) for place, values in bad]
+        numbers, unread, self._unread = self._numbers(), self._unread, []
+        if together and ctx.strategy.world_size > 1 and not self._shares_loss and self._is_suspicious(ctx, numbers):
+            losses = ctx.strategy.sum(torch.stack([row.loss for row in unread])) / ctx.strategy.world_size
+            numbers = [(loss, *rest) for loss, (_, *rest) in zip(losses.tolist(), numbers, strict=True)]
+        found = [(row, n, verdict) for row, n in zip(unread, numbers, strict=True) if (verdict := self._judged(n))]
+        return [self._anomaly(ctx, row, n, *verdict) for row, n, verdict in found]
 
-    def _anomaly(self, ctx: CallbackContext, place: Unread, values: list[float]) -> Anomaly:
-        step, epoch, window, names, _ = place
-        verdict, loss, norm, index = values
-        if verdict == NONFINITE_GRADIENT and not math.isfinite(loss):
-            verdict = NONFINITE_LOSS  # another rank's
-        of_loss = verdict in (LARGE_LOSS, NONFINITE_LOSS)
-        tensor = "loss" if of_loss else f"gradient of {(names or self._names)[int(index)]}"
-        return Anomaly(_KINDS[int(verdict)], step, epoch, window, loss, norm, tensor, samples_of(ctx, epoch, window))
+    def _is_suspicious(self, ctx: CallbackContext, numbers: list[Any]) -> bool:
+        """Whether the losses of the other ranks are worth asking for; all ranks say the same."""
+        bad = any(not norm <= limit for _, norm, _, limit in numbers)
+        return bool(numbers) and (bad or not math.isfinite(ctx.metrics.get("train/loss", 0.0)))
+
+    def _anomaly(self, ctx: CallbackContext, row: Unread, numbers: Any, kind: str, of_loss: bool) -> Anomaly:
+        loss, norm, _, limit = numbers
+        tensor = "loss" if of_loss else self._gradient_to_blame(row)
+        samples = samples_of(ctx, row.epoch, row.window)
+        left_out = not norm <= limit or (of_loss and self._loss_counts and not self._scaled)
+        left_out = left_out and self._policy_of(kind) != "ignore"
+        return Anomaly(kind, row.step, row.epoch, row.window, loss, norm, tensor, samples, left_out)
+
+    def _gradient_to_blame(self, row: Unread) -> str:
+        if row.norms is None:
+            return "the gradients"
+        return f"gradient of {(row.names or self._names)[worst(row.norms.tolist())]}"
 
     def _tell(self, ctx: CallbackContext, anomaly: Anomaly, back: list[Anomaly]) -> None:
         policy = self._policy(anomaly)
-        did = "nothing" if policy == "ignore" else "left out"
+        did = "left out" if anomaly.left_out else "nothing"
         if anomaly in back:
             did = f"went back to step {self._snapshot_step}"
         if ctx.is_main:

@@ -1,26 +1,46 @@
-"""The judgement of a step, in a few operations on the device."""
+"""The judgement of a step: two or three operations on the device, and a few more at each renewal of the limits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
-from attrs import define
+from attrs import define, field
 from torch import Tensor
 
-FINE, LARGE_GRADIENT, LARGE_LOSS, NONFINITE_GRADIENT, NONFINITE_LOSS = range(5)  # judgements; two kinds of anomaly
-_UNREACHED = 3.4e38  # a factor's limit that nothing finite passes
+NO_LIMIT = 3.4e38  # below fp32's largest number: nothing finite passes it, while NaN and infinity are never under it
+
+Judge = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Unread(NamedTuple):
+    """A step that no logging step has read yet. What is on the device stays there until then."""
+
+    step: int
+    epoch: int
+    window: int
+    names: list[str] | None  # of the gradients it had; None: all
+    loss: Tensor
+    norm: Tensor
+    norms: Tensor | None  # of each gradient, or of this process's part of it
+    limits: Tensor  # of loss and norm at the time
 
 
 @define
 class Detector:
-    """Exponential means of loss and gradient norm over the good steps, and what they say of the next one.
+    """Exponential means of loss and gradient norm over the good steps, and the limits that follow from them.
 
     A spike is a value above `factor` times its mean, once `warmup` good steps have been seen. The mean of n good steps gives the
-    newest a weight of max(1/n, 1 − decay): the plain mean at first. A bad step does not enter it.
+    newest a weight of max(1/n, 1 − decay): the plain mean at first. A bad step does not enter it. Means and limits are renewed
+    now and then, from all values since: two dozen operations then, instead of one dozen in each step.
 
     Args:
-        factors: of the loss and of the gradient norm; infinity for no limit.
+        factors: of the loss and of the gradient norm; `NO_LIMIT` for no limit.
         means: of both, float32 on the device.
         seen: good steps so far, a scalar on the device.
+        limits: above which a value is a spike, float32 on the device; never changed in place.
+        fresh: loss and gradient norm of the steps since the last renewal, scalars on the device.
     """
 
     factors: Tensor
@@ -28,44 +48,78 @@ class Detector:
     decay: float
     means: Tensor
     seen: Tensor
-    _grades: Tensor
+    limits: Tensor
+    fresh: list[tuple[Tensor, Tensor]] = field(factory=list)
 
     @classmethod
     def on(cls, device: torch.device, loss: float | None, norm: float | None, warmup: int, decay: float) -> Detector:
         """A detector that has seen nothing."""
-        factors = torch.tensor([_UNREACHED if f is None else f for f in (loss, norm)], device=device)
-        grades = torch.tensor(
-            [LARGE_LOSS, LARGE_GRADIENT, NONFINITE_LOSS, NONFINITE_GRADIENT], dtype=torch.float, device=device
-        )
-        return cls(factors, warmup, decay, torch.zeros(2, device=device), torch.zeros((), device=device), grades)
+        factors = torch.tensor([NO_LIMIT if f is None else f for f in (loss, norm)], device=device)
+        none = torch.full((2,), NO_LIMIT, device=device)
+        return cls(factors, warmup, decay, torch.zeros(2, device=device), torch.zeros((), device=device), none)
 
-    def judge(self, loss: Tensor, norm: Tensor, overflow: bool) -> Tensor:
-        """FINE, or the gravest of what is wrong: a scalar on the device.
+    def renew(self) -> None:
+        """Take the fresh values into the means, and set the limits by them."""
+        values = torch.stack([value for pair in self.fresh for value in pair]).view(-1, 2)
+        self.fresh = []
+        good = (values <= self.limits).all(dim=1)
+        count = self.seen + good.cumsum(0)
+        share = good * torch.clamp(1 / count.clamp(min=1), min=1 - self.decay)
+        kept = (1 - share).flip(0).cumprod(0).flip(0)  # of what was there before each value
+        after = torch.cat((kept[1:], kept.new_ones(1)))
+        added = (torch.where(good[:, None], values, 0.0) * (share * after)[:, None]).sum(0)
+        self.means, self.seen = self.means * kept[0] + added, count[-1]
+        warm = (self.seen >= self.warmup) & (self.means > 0)  # a loss may be negative: no limit then
+        self.limits = torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT)
 
-        Args:
-            overflow: gradients that are not finite are the business of a loss scale: no anomaly, and no good step either.
-        """
-        values = torch.stack((loss, norm))
-        wrong = ~torch.isfinite(values)
-        finite = ~wrong.any()
-        limits = torch.where(self.means > 0, self.factors * self.means, torch.inf)  # a loss may be negative: no limit then
-        large = (values > limits) & (self.seen >= self.warmup) & finite
-        if overflow:
-            wrong = wrong & wrong[0]
-        grades = torch.cat((large, wrong)) * self._grades
-        enters = finite & ~large.any()
-        self.seen += enters
-        share = torch.clamp(1 / self.seen.clamp(min=1), min=1 - self.decay)
-        self.means = torch.where(enters, torch.lerp(self.means, values, share), self.means)
-        return grades.max()
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that the next judgements follow from."""
+        fresh = [value for pair in self.fresh for value in pair]
+        state = {"means": self.means, "seen": self.seen, "limits": self.limits}
+        return state | {"fresh": torch.stack(fresh) if fresh else self.means[:0]}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Take back what `state_dict` gave; the tensors are copied."""
+        device = self.seen.device
+        self.means, self.seen, self.limits = (saved[key].to(device, copy=True) for key in ("means", "seen", "limits"))
+        values = list(saved["fresh"].to(device, copy=True))
+        self.fresh = list(zip(values[::2], values[1::2], strict=True))
 
 
-def norms_of(grads: list[Tensor]) -> Tensor:
+def norms_of(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of each gradient; of a sharded one, of the whole."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(grads))])
     return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
 
 
-def worst(norms: Tensor) -> Tensor:
+def worst(norms: Sequence[float]) -> int:
     """The index of the gradient to blame: one that is not finite, else the largest."""
-    return torch.nan_to_num(norms, nan=torch.inf).argmax()
+    return int(torch.nan_to_num(torch.tensor(norms), nan=torch.inf).argmax())
+
+
+def judge_for(device: torch.device, loss_counts: bool, loss_is_limited: bool, spikes: bool, nonfinite: bool) -> Judge | None:
+    """What tells on the device whether a step is to be vetoed: a function of loss, gradient norm and limits; None when none ever is.
+
+    Args:
+        loss_counts: with several ranks, one rank's share of the loss must not decide: then the norm does, in which a NaN of any is.
+        loss_is_limited: `limits` are those of loss and norm, otherwise of the norm alone.
+        spikes, nonfinite: what is to be vetoed.
+    """
+    zero = torch.zeros((), device=device)
+
+    def only_spikes(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
+        values = torch.stack((loss, norm)) if loss_is_limited else norm
+        return ((values > limits) & values.isfinite()).any()
+
+    def of_both(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
+        return torch.le(torch.stack((loss, norm)), limits).all().logical_not()
+
+    def of_norm(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
+        return torch.le(norm, limits).logical_not()
+
+    def of_norm_and_nan(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
+        return torch.le(torch.addcmul(norm, loss, zero), limits).logical_not()  # what is not finite, times 0, is NaN
+
+    if not nonfinite:
+        return only_spikes if spikes else None
+    return of_both if loss_is_limited else of_norm_and_nan if loss_counts else of_norm

@@ -28,6 +28,7 @@ class Anomaly:
     grad_norm: float
     tensor: str
     samples: list[int] | None
+    left_out: bool = True  # whether its update was
 
     def __str__(self) -> str:
         what = "NaN or infinity" if self.kind == "nonfinite" else "a spike"
@@ -46,7 +47,7 @@ def samples_of(ctx: CallbackContext, epoch: int, window: int) -> list[int] | Non
 def append(run_dir: Path, anomaly: Anomaly, policy: str, did: str) -> None:
     """Add a line to `events.jsonl`: {"event": "anomaly", "time": …, "policy": …, "did": …} and the anomaly's own values."""
     row = {"event": "anomaly", "time": round(time.time(), 3), "policy": policy, "did": did}
-    row |= {key: _in_json(value) for key, value in asdict(anomaly).items()}
+    row |= {key: _in_json(value) for key, value in asdict(anomaly).items() if key != "left_out"}
     with open(run_dir / EVENTS_FILE, "a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
 

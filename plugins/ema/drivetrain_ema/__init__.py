@@ -32,8 +32,9 @@ def _at_least_one(instance: Any, attribute: Any, value: int) -> None:
 class EmaCallback(Callback):
     """Keep an exponential moving average of the weights: average ← d·average + (1−d)·weights, after every optimizer update.
 
-    It begins with the weights at which the run starts. With `warmup` the n-th update (from 0) uses d = min(decay, (1+n)/(10+n)), so
-    that the beginning is soon forgotten (`num_updates` in TensorFlow's ExponentialMovingAverage). Averaging iterates: Polyak and
+    It begins with the weights at which the run starts. With `warmup` step n (from 0) uses d = min(decay, (1+n)/(10+n)), so that the
+    beginning is soon forgotten (`num_updates` in TensorFlow's ExponentialMovingAverage). With `update_every` = k, only every k-th step
+    updates, with d to the power of k: the average looks back over as many steps, at a k-th of the cost. Averaging iterates: Polyak and
     Juditsky 1992, SIAM J. Control Optim. 30(4); exponentially: Tarvainen and Valpola 2017, arXiv:1703.01780, equation 2.
 
     Evaluation sees the averages, and the weights come back bit by bit; while it lasts, the weights are kept in the memory that
@@ -97,13 +98,15 @@ class EmaCallback(Callback):
 
     def on_optimizer_step(self, ctx: CallbackContext) -> None:
         """Let the average follow."""
-        if (ctx.step + 1) % self.update_every:
+        every = self.update_every
+        if (ctx.step + 1) % every:
             return
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
+        steps = self.updates * every
+        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
         if self._averages is None:  # the run went back to an earlier state
             self._begin(ctx)
         assert self._averages is not None
-        self._averages.move_towards_model(1 - decay)
+        self._averages.move_towards_model(1 - decay**every)
         self.updates += 1
 
     def on_evaluate_start(self, ctx: CallbackContext) -> None:
@@ -191,12 +194,11 @@ class _Values:
 
     def move_towards_model(self, share: float) -> None:
         """copy ← copy + share·(model − copy), all tensors at once."""
-        now = [source.detach() for source in self.sources]
-        if self._sharded:
-            now = [_local(source) for source in now]
-        if self._widened:
-            now = [source.to(copy.dtype) for source, copy in zip(now, self._local, strict=True)]
-        torch._foreach_lerp_(self._local, now, share)
+        now = [_local(source) for source in self.sources] if self._sharded else self.sources
+        with torch.no_grad():
+            if self._widened:
+                now = [source.to(copy.dtype) for source, copy in zip(now, self._local, strict=True)]
+            torch._foreach_lerp_(self._local, now, share)
 
     @torch.no_grad()
     def write_to_model(self) -> None:

@@ -96,14 +96,15 @@ def averaged(ema: EmaCallback, run: Trainer) -> dict[str, Tensor]:
 
 
 def formula(path: list[dict[str, Tensor]], decay: float, warmup: bool, every: int = 1) -> dict[str, Tensor]:
-    """average ← d·average + (1−d)·weights in float64."""
+    """average ← d·average + (1−d)·weights in float64, step by step; the weights of the steps between are those of the next `every`-th."""
     average, n = {name: value.double() for name, value in path[0].items()}, 0
     for step, weights in enumerate(path[1:], 1):
         if step % every:
             continue
         d = min(decay, (1 + n) / (10 + n)) if warmup else decay
-        average = {name: d * average[name] + (1 - d) * weights[name].double() for name in average}
-        n += 1
+        for _ in range(every):
+            average = {name: d * average[name] + (1 - d) * weights[name].double() for name in average}
+        n += every
     return average
 
 
