@@ -47,7 +47,8 @@ LAYERS = """
     components  devices  formats  calling  distributed
     config  hooks  optim  tracking
     data  fitting  presets  prepare
-    evaluation  loop  manifest
+    ahead  evaluation  manifest  shrinking
+    loop
     rehearsal
     agreement
     run

@@ -135,7 +135,7 @@ class EventSpecs:
 
     @spec
     def on_batch(self, ctx: CallbackContext) -> None:
-        """A microbatch is on the device. May replace `ctx.batch`."""
+        """A microbatch is on the device. May replace `ctx.batch`. Comes anew for a step that starts over, since memory ran out."""
 
     @spec
     def on_forward(self, ctx: CallbackContext) -> None:

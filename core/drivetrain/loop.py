@@ -12,6 +12,7 @@ Nothing here waits for the device on an ordinary step.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain.agenda import Agenda
+from drivetrain.ahead import sent_ahead
 from drivetrain.calling import LossFunction, ModelCall, StepFunction
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
 from drivetrain.errors import DataError, ModelError, RunError
 from drivetrain.hooks import Events
-from drivetrain.loss import Loss, checked, tokens_in
+from drivetrain.loss import Loss, checked, samples_in, tokens_in
 from drivetrain.output import Step
 from drivetrain.rng import full_state, set_full_state
+from drivetrain.shrinking import divided, is_out_of_memory, release
 
 _TINY = 1e-20  # keeps a step without any weight (every target masked) at zero gradient instead of 0/0
 _MOST_SKIPS = 100
@@ -149,7 +152,10 @@ class Loop:
             on.step_start(ctx)
         if self.schedule is not None:  # of the position before this step, whatever it is counted in
             self._set_learning_rate(self.schedule(ctx.position))
-        factor = self.gradients(window)
+        try:
+            factor = self.gradients(window)
+        except (RuntimeError, MemoryError) as error:
+            factor = self._gradients_of_smaller(error)
         applied = self.update(factor)
         ctx.step_in_epoch += 1
         ctx.samples += window.total
@@ -196,6 +202,30 @@ class Loop:
         self.backward(mean)
         ctx.loss_tensor = mean.detach()
         return None
+
+    def _gradients_of_smaller(self, error: BaseException) -> Tensor | None:
+        """Try the step anew with halves of its microbatches, as often as memory runs out; later steps keep that size.
+
+        Several ranks cannot do so: the others may be in a reduction of this attempt already.
+        """
+        ctx = self.ctx
+        while is_out_of_memory(error) and ctx.strategy.world_size == 1:
+            smaller = divided(self.window, 2)
+            if smaller is None:
+                break
+            release(error, ctx.device)
+            for parameter in self.parameters:
+                parameter.grad = None
+            ctx.microbatch_parts *= 2
+            self.window, ctx.window, ctx.microbatches = smaller, smaller.batches, len(smaller.batches)
+            warnings.warn(_smaller(ctx, smaller), stacklevel=2)
+            try:
+                return self.gradients(smaller)
+            except (RuntimeError, MemoryError) as again:
+                error = again
+        if is_out_of_memory(error):
+            error.add_note(_no_memory(ctx))
+        raise error
 
     def _accumulate(self, window: Window) -> Tensor | None:
         """Mean losses are weighted by their samples, known ahead. The weights of `Loss`es are known only when all microbatches of
@@ -374,11 +404,15 @@ class Loop:
         if self.on_resume is not None:
             self.on_resume()
             self.on_resume = None
+        if ctx.device.type == "cuda":
+            found = sent_ahead(found, ctx.device)
         while True:
             window = next(found, None)
             ctx.data_wait += clock() - began
             if window is None:
                 return
+            if ctx.microbatch_parts > 1:
+                window = divided(window, ctx.microbatch_parts) or window
             if ctx.left_out and (ctx.epoch, ctx.step_in_epoch) in ctx.left_out:
                 ctx.step_in_epoch += 1
                 ctx.skipped_steps += 1
@@ -442,6 +476,26 @@ class Loop:
 
 def _moved(value: Any, place: torch.device) -> Any:
     return value.detach().to(place) if isinstance(value, Tensor) else value
+
+
+def _smaller(ctx: CallbackContext, window: Window) -> str:
+    sizes = sorted({samples_in(batch) for batch in window.batches}, reverse=True)
+    size = " or ".join(map(str, sizes))
+    return (
+        f"step {ctx.step + 1} ran out of memory and goes on in {len(window.batches)} microbatches of {size} samples, and so do those "
+        f"after it: the same samples and loss. To begin so: per_device_batch_size = {sizes[0]}, with the accumulation that makes up "
+        "for it (layers that look at a whole microbatch, such as batch norm, see fewer samples)."
+    )
+
+
+def _no_memory(ctx: CallbackContext) -> str:
+    size = ctx.config.per_device_batch_size
+    if ctx.strategy.world_size > 1 and size > 1:
+        return (
+            f"Rank {ctx.strategy.rank} ran out of memory. Lower per_device_batch_size from {size} to {max(1, size // 2)} and double "
+            "gradient_accumulation_steps, or give global_batch_size: the steps stay the same."
+        )
+    return "Out of memory with a single sample: activation_checkpointing, 16-bit precision or distributed = 'fsdp' need less."
 
 
 def _positive(weight: Tensor | float) -> Tensor | float:

@@ -5,6 +5,7 @@ build → quantize → adapt → place on the device → cast → activation che
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -62,10 +63,33 @@ def _repeats(modules: nn.ModuleList | nn.Sequential) -> bool:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each repeated block in place, which compiles its code once; without such blocks, the whole model."""
-    blocks = list(repeated_blocks(model)) or [model]
-    for block in blocks:
-        block.compile()
+    """torch.compile each repeated block in place, which compiles its code once; without such blocks, the whole model.
+
+    A block that the compiler cannot take runs as it is, and a warning says why.
+    """
+    # not `block.compile()`: that leaves torch's own containers, such as Sequential, uncompiled without a word
+    compiled = torch.compile(_called)
+    for block in list(repeated_blocks(model)) or [model]:
+        block._compiled_call_impl = _or_as_it_is(block, partial(compiled, block))
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _or_as_it_is(block: nn.Module, compiled: Any) -> Any:
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:
+            block._compiled_call_impl = None
+            why = str(error).strip().partition("\n")[0]
+            warnings.warn(f"compile: {type(block).__name__} runs uncompiled, {type(error).__name__}: {why}", stacklevel=2)
+        return block._call_impl(*args, **kwargs)
+
+    return call
 
 
 def checkpoint_activations(model: nn.Module, selective: bool = False) -> None:

@@ -30,7 +30,7 @@ from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
 
 _PARTS = ("progress", "model", "optimizer", "precision", "components", "rng", "unlogged", "manifest")
-_COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps")
+_COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps", "microbatch_parts")
 
 
 class Trainer:

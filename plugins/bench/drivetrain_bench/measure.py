@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from attrs import frozen
 
-from drivetrain import DrivetrainError, Trainer, TrainingConfig, is_installed
+from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed
 from drivetrain_bench.advice import Change, changes
 from drivetrain_bench.loops import by_engine, by_hand, trainer
 from drivetrain_bench.report import Advice, Report
@@ -205,7 +205,8 @@ def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder:
         }
         speeds, losses = _take_turns(running, steps, turns)
     except Exception as error:  # whatever a change breaks is said beside it; the others are still of use
-        return Advice(str(change), None, f"fails: {type(error).__name__}: {str(error).partition(chr(10))[0][:150]}")
+        why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error).partition("\n")[0]
+        return Advice(str(change), None, f"fails: {type(error).__name__}: {why[:150]}")
     finally:
         gc.collect()
     gain = 1 / speeds["changed"].over(speeds["as it is"])
