@@ -67,7 +67,8 @@ class PlanCommand:
             return search(run, **options)
         from drivetrain_plan.planning import plan
 
-        return plan(run, **options)
+        ranks = options.pop("ranks", None)
+        return plan(run, 1 if ranks is None else ranks, **options)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -21,11 +21,11 @@ from drivetrain import (
     make_component,
 )
 from drivetrain_plan.profiles import DeviceProfile, load_profile
-from drivetrain_plan.recorder import Collective
-from drivetrain_plan.roofline import StepTime, Times, collective_time, phase_seconds, rate_of, step_time
-from drivetrain_plan.simulate import Simulation, simulate
+from drivetrain_plan.roofline import StepTime, Times, phase_seconds, rate_of, step_time
+from drivetrain_plan.simulate import PARAMETERS, STATE, Simulation, simulate
 
 DISK = 2e9  # bytes/s that a file system takes, an assumption
+_HOST_COPY = 1e10  # bytes/s of a copy within host memory, an assumption
 
 
 @attrs.frozen(kw_only=True)
@@ -182,15 +182,15 @@ class Plan:
 
     @property
     def stall(self) -> float:
-        """Seconds that training waits for one checkpoint, as the callback `checkpoint` makes it: what is divided is gathered and
-        copied to host memory at once; a whole model on an accelerator is copied while the next forward and backward run; on a CPU
-        the copy is in memory."""
+        """Seconds that training waits for one checkpoint, as the callback `checkpoint` makes it: from an accelerator it is copied to
+        host memory while the next forward and backward run, of a divided model each rank's part; on a CPU the copy is made at
+        once."""
         found, device = self.simulation, self.device
-        copy_out = found.whole / device.host_bandwidth
-        if found.ranks > 1 and found.strategy not in ("ddp", "single"):
-            return copy_out + collective_time(
-                Collective("between", "all-gather", found.whole, tuple(range(found.ranks))), device
-            )
+        divided = found.ranks > 1 and found.strategy not in ("ddp", "single")
+        if found.host:
+            return sum(found.host.values()) / _HOST_COPY
+        own = sum(found.largest.get(kind, 0) for kind in (PARAMETERS, STATE)) if divided else found.whole
+        copy_out = own / device.host_bandwidth
         if device.waits:
             return copy_out
         phases = phase_seconds(found, device).items()

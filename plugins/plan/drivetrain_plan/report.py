@@ -68,9 +68,9 @@ def _verdict(plan: Plan) -> str:
     if plan.fits is None:
         return "whether it fits cannot be said"
     if plan.fits:
-        left = "more than 99%" if peak < 0.01 * usable else f"{1 - peak / usable:.0%}"
-        return f"fits: {left} of {amount(usable)} usable is left"
-    return f"does NOT fit: {amount(peak - usable)} more than the {amount(usable)} usable"
+        left = "over 99%" if peak < 0.01 * usable else f"{1 - peak / usable:.0%}"
+        return f"fits: {left} of {amount(usable)} is left"
+    return f"does NOT fit: {amount(peak - usable)} more than {amount(usable)}; try --sweep"
 
 
 def _time(plan: Plan) -> list[str]:

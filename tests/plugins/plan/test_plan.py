@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,11 +27,11 @@ from drivetrain import (
     TrainingConfig,
     component,
 )
-from drivetrain_plan import DeviceProfile, load_profile, plan
-from drivetrain_plan.calibrate import save
+from drivetrain_plan import DeviceProfile, load_profile, plan, sweep
+from drivetrain_plan.calibrate import _added, _Bench, calibrate, save
 from drivetrain_plan.profiles import names, parse, seconds_on
 from drivetrain_plan.recorder import Collective, Recorder
-from drivetrain_plan.roofline import collective_time, step_time
+from drivetrain_plan.roofline import collective_time, phase_seconds, step_time
 from drivetrain_plan.scaling import Family, Size
 from drivetrain_plan.simulate import Simulation, simulate
 
@@ -44,6 +46,17 @@ class Adam(OptimizerComponent):
 
     def make_optimizer(self, ctx: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(ctx.model.parameters(), lr=1e-3, foreach=False)
+
+
+@component
+class Shape(Component):
+    """A schedule that is a function."""
+
+    kind: ClassVar[str] = "scheduler"
+    function: Any = None
+
+    def make_schedule(self, ctx: Any) -> Any:
+        return self.function
 
 
 def net(*between: nn.Module) -> nn.Sequential:
@@ -113,6 +126,18 @@ class TestMemory:
         assert trainer.train().completed
         assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
+    def test_a_trainer_plans_itself(self) -> None:
+        trainer = Trainer(net(nn.ReLU()), config(standard_callbacks=False), data(), loss=nn.MSELoss(), precision=Precision())
+        assert trainer.plan(device="cpu").simulation.peak == planned().simulation.peak
+        assert trainer.plan(1, "h100", price=2.0).cost > 0
+        assert trainer.plan(device="h100", sweep=True).frontier["fewest devices"].ranks == 1
+
+    def test_a_trainer_without_the_plugin_says_how_to_get_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+        trainer = Trainer(net(), config(standard_callbacks=False), data(), loss=nn.MSELoss())
+        with pytest.raises(DrivetrainError, match="pip install drivetrain-plan"):
+            trainer.plan()
+
     def test_a_trainer_in_the_middle_of_a_run_is_refused(self) -> None:
         trainer = Trainer(net(), config(standard_callbacks=False), data(), loss=nn.MSELoss())
         next(iter(trainer.steps()))
@@ -133,6 +158,43 @@ class TestCourse:
         assert found.cost == pytest.approx(found.hours[1] * 3.0)
         low, likely, high = found.step.total
         assert 0 < low <= likely <= high
+
+    def test_a_negative_price_is_refused(self) -> None:
+        for price in (-5.0, math.inf, math.nan):
+            with pytest.raises(ConfigError, match="--price: must be at least 0"):
+                plan(config(), 1, "h100", price, model=net(), train_dataset=data(), loss=nn.MSELoss())
+
+    def test_model_flops_leave_recomputation_out(self) -> None:
+        blocks = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
+        plain = planned(net(copy.deepcopy(blocks)))
+        again = planned(net(copy.deepcopy(blocks)), activation_checkpointing=True)
+        assert again.model_flops_per_token == plain.model_flops_per_token == 3 * 5 * 2 * WIDTH * WIDTH
+        assert again.flops_per_token > plain.flops_per_token
+
+    def test_the_share_of_the_peak_follows_from_rate_and_flops(self) -> None:
+        found = plan(config(), 1, "h100", model=net(), train_dataset=data(), loss=nn.MSELoss(), precision=Precision())
+        assert found.mfu == pytest.approx(found.model_flops_per_token * found.rate(found.step.total.likely) / 66.9e12)
+
+    def test_a_cosine_has_no_plateau_and_a_trapezoid_has_one(self) -> None:
+        def turns(schedule: Any) -> list[tuple[float, str]]:
+            return planned(scheduler=Shape(function=schedule)).course.milestones[:-1]
+
+        steps = planned().course.steps
+        assert turns(lambda at: 0.5 * (1 + math.cos(math.pi * at / steps))) == []
+        warm = turns(lambda at: min(at / 4, 0.5 * (1 + math.cos(math.pi * max(0.0, at - 4) / (steps - 4)))))
+        assert warm == [(4.0, "warm-up ends")]
+        assert turns(lambda at: min(1.0, at / 4, (steps - at) / 6)) == [(4.0, "warm-up ends"), (steps - 6.0, "decay begins")]
+
+    def test_evaluations_and_checkpoints_take_their_time(self) -> None:
+        def hours(**changes: Any) -> Any:
+            given = {"model": net(), "train_dataset": data(), "eval_dataset": data(50), "loss": nn.MSELoss()}
+            return plan(config(**changes), 1, "h100", **given)
+
+        without, found = hours(eval_interval=None), hours(eval_interval="1ep")
+        assert (found.course.evaluations, found.course.eval_batches) == (2, math.ceil(50 / BATCH))
+        assert without.course.evaluations == 0
+        extra = [phase_seconds(found.simulation, found.device)["forward 0"][at] * 2 * 4 for at in (2, 1, 0)]
+        assert [found.hours[i] - without.hours[i] for i in range(3)] == pytest.approx([x / 3600 for x in extra])
 
     def test_the_text_fits_a_terminal_and_the_data_is_plain(self) -> None:
         found = planned()
@@ -209,12 +271,24 @@ class TestTimes:
         assert seconds_on(curve, 100) == pytest.approx(math.sqrt(10))
         assert (seconds_on(curve, 5), seconds_on(curve, 2000), seconds_on(curve, 0)) == (0.5, 20.0, 0.0)
 
+    def test_the_best_case_has_to_launch_its_operations_too(self) -> None:
+        slow = evolve(load_profile("h100"), launch=1.0)
+        found = planned().simulation
+        assert step_time(found, slow).total.low >= 0.5 * sum(found.operations.values())
+
 
 class TestProfiles:
     @pytest.mark.parametrize("name", names())
     def test_each_says_where_its_numbers_are_from(self, name: str) -> None:
         profile = load_profile(name)
         assert profile.sources and profile.rates["fp32"] > 1e9 and profile.memory > 1e9
+        assert name == "cpu" or any("https://" in source for source in profile.sources)
+
+    def test_memory_is_what_torch_sees(self) -> None:
+        """Bytes by torch's own messages on these cards, and what a run can have of them."""
+        assert load_profile("h100").memory == pytest.approx(79.11 * 2**30)
+        assert load_profile("h200").memory == pytest.approx(139.8 * 2**30)
+        assert 0.93 < load_profile("h200").usable / load_profile("h200").memory < 0.97
 
     def test_those_that_were_asked_for_are_there(self) -> None:
         assert {"h100", "h200", "a100", "l40s", "4090", "mi300x", "cpu"} <= set(names())
@@ -273,6 +347,86 @@ class Helpless(Component):
                 raise DrivetrainError("the model has no blocks to divide")
 
         return Alone()
+
+
+class TestAuto:
+    """What the engine would choose on such devices is asked of the engine."""
+
+    @pytest.mark.parametrize(
+        ("times", "wanted"), [(1.3, "fsdp"), (1.5, "ddp")]
+    )  # 0.7 of a device is for weights, gradients, state
+    def test_the_engines_rule_decides(self, times: float, wanted: str) -> None:
+        pytest.importorskip("drivetrain_ddp")
+        pytest.importorskip("drivetrain_fsdp")
+        model = net(nn.ReLU())
+        held = 16 * sum(p.numel() for p in model.parameters())
+        device = evolve(load_profile("h100"), memory=held * times, reserved=0.0)
+        given = {"model": model, "train_dataset": data(), "loss": nn.MSELoss(), "precision": Precision()}
+        found = plan(config(distributed="auto"), 2, device, **given)
+        assert found.simulation.strategy == wanted
+        assert any(text.startswith(f"distributed: auto is {wanted}, the model") for text in found.assumptions)
+
+    def test_errors_afterwards_do_not_name_ranks_that_were_not_there(self) -> None:
+        pytest.importorskip("drivetrain_ddp")
+        hook = sys.excepthook
+        planned(ranks=2, distributed="ddp")
+        assert sys.excepthook is hook
+
+
+class TestSweep:
+    def given(self) -> dict[str, Any]:
+        return {"model": net(nn.ReLU()), "train_dataset": data(), "loss": nn.MSELoss(), "precision": Precision()}
+
+    def test_a_model_without_blocks_is_noted_and_the_rest_goes_on(self) -> None:
+        found = sweep(config(), "h100", **self.given())
+        assert any("no repeated blocks" in note for note in found.notes)
+        assert found.frontier and found.frontier["cheapest"].plan.fits
+
+    def test_a_plugin_that_breaks_is_noted(self) -> None:
+        pytest.importorskip("drivetrain_fsdp")
+        found = sweep(config(), "h100", **self.given() | {"model": net(Awkward())})
+        assert any("RuntimeError: not among others" in note for note in found.notes)
+        assert {c.strategy for c in found.tried} == {"single", "ddp"}
+
+    def test_what_cannot_be_shared(self) -> None:
+        with pytest.raises(ConfigError, match="--ranks"):
+            sweep(config(global_batch_size=3), "h100", ranks=64, **self.given())
+
+    def test_samples_that_ranks_do_not_divide_may_be_some_less(self) -> None:
+        found = sweep(config(global_batch_size=100, per_device_batch_size=1), "h100", ranks=3, **self.given())
+        assert {c.samples for c in found.tried} == {99}
+
+    def test_it_says_what_it_decided(self) -> None:
+        chosen = sweep(config(), "h100", **self.given()).chosen()
+        assert chosen.origin("per_device_batch_size") == chosen.origin("distributed") == "plan"
+        assert chosen.origin("seed") != "plan"
+
+    def test_nothing_fits(self) -> None:
+        found = sweep(config(), evolve(load_profile("h100"), memory=1000.0, reserved=0.0), **self.given())
+        assert not found.frontier and "nothing fits" in str(found)
+        with pytest.raises(DrivetrainError, match="nothing that was tried fits"):
+            found.chosen()
+
+
+class Awkward(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if dist.is_initialized():
+            raise RuntimeError("not among others")
+        return x
+
+
+class TestCalibration:
+    def test_a_device_is_measured_by_its_own_clock(self) -> None:
+        """The path of an accelerator, with the CPU in its place."""
+        bench = _Bench(torch.device("cpu"))
+        bench.sizes, bench.elements = (16, 32), (2**10, 2**12)
+        (small, fast), (large, slow) = bench.products(torch.float32)
+        assert (small, large) == (8.0 * 16**3, 8.0 * 32**3) and 0 < fast <= slow
+        assert all(seconds > 0 for _, seconds in bench.curve(_added)) and bench.launch() > 0
+
+    def test_a_device_that_is_not_there(self) -> None:
+        with pytest.raises(ConfigError, match="no device is called 'tpu9'"):
+            calibrate("tpu9")
 
 
 class TestWhatCannotBeSimulated:
