@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,14 +12,13 @@ from attrs import define, field, frozen
 
 from drivetrain_checkpoint.find import find_checkpoints
 from drivetrain_checkpoint.format import Packed
-from drivetrain_checkpoint.staging import Staged
+from drivetrain_checkpoint.staging import Staged, give_way
 from drivetrain_checkpoint.store import Store
 
 if TYPE_CHECKING:
     from drivetrain_checkpoint.together import Together
 
 T = TypeVar("T")
-_NICENESS = 5  # gives way, but not so far that a busy machine makes the next save wait for this one
 
 
 @frozen
@@ -92,9 +88,7 @@ def in_background(work: Callable[[], T]) -> Future[T]:
     future: Future[T] = Future()
 
     def run() -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+        give_way()
         _settle(future, work)
 
     threading.Thread(target=run, name="drivetrain-checkpoint", daemon=False).start()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import attrs
 from torch import Tensor, nn
 
-from drivetrain import Callback, Duration, component, hook, option, state
+from drivetrain import Callback, ConfigError, Duration, component, hook, option, state
 from drivetrain_checkpoint.background import InFlight, Work, at_once, in_background
 from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 from drivetrain_checkpoint.files import Files
@@ -93,6 +93,7 @@ class CheckpointCallback(Callback):
     _in_flight: InFlight | None = attrs.field(default=None, init=False, repr=False)
     _staging: Staging = attrs.field(factory=Staging, init=False, repr=False)
     _planning: Any = attrs.field(default=None, init=False, repr=False)  # a `Planning`, when each rank writes its part
+    _unprepared: list[Tensor] | None = attrs.field(default=None, init=False, repr=False)  # the state before the first step
     _changes_early: bool = attrs.field(default=False, init=False, repr=False)
     _store: Store | None = attrs.field(default=None, init=False, repr=False)
     _lock: RunLock | None = attrs.field(default=None, init=False, repr=False)
@@ -133,6 +134,8 @@ class CheckpointCallback(Callback):
             layout = _layout_of(ctx)
             on_every_rank(ctx, lambda: pack_own(tree, layout))
         self._unlocked = not on_rank_0(ctx, lambda: self._prepare(ctx, tree))
+        writes = ctx.is_main or is_divided(ctx)
+        self._unprepared = _tensors({**tree, "optimizer": None}) if self.asynchronous and writes and self._comes(ctx) else None
 
     @hook(tryfirst=True)
     def on_step_start(self, ctx: CallbackContext) -> None:
@@ -141,6 +144,9 @@ class CheckpointCallback(Callback):
             self._unlocked = False
             if ctx.config.run_name is not None:  # a run without a name has its directory for itself
                 on_rank_0(ctx, lambda: self._tolerating(lambda: self._take_lock(ctx)))
+        if self._unprepared is not None and ctx.optimizer.state:  # which the first step has made
+            self._staging.prepare([*self._unprepared, *_tensors([*ctx.optimizer.state.values()])])
+            self._unprepared = None
         if self._is_due:
             self._save(ctx)
         if self._in_flight is not None:
@@ -327,6 +333,13 @@ class CheckpointCallback(Callback):
             if wanted:
                 self._save(ctx, last=True)
 
+    def _comes(self, ctx: CallbackContext) -> bool:
+        """Whether the period ends before the run does: a save at the end needs no memory for a copy."""
+        try:
+            return ctx.position_of(self.every) < ctx.run_length
+        except ConfigError:  # another unit: nobody knows
+            return True
+
     def _is_asked_for(self, ctx: CallbackContext) -> bool:
         """Whether somebody put the file SAVE into the run's directory; it is taken away."""
         asked = ctx.trainer.has_run_dir and (ctx.run_dir / SAVE_FILE).is_file()
@@ -438,6 +451,14 @@ def _stepped(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
     for entry in optimizer.state.values():
         yield from (value for value in entry.values() if isinstance(value, Tensor))
+
+
+def _tensors(tree: Tree) -> list[Tensor]:
+    """All tensors of a tree; of divided ones, this rank's part."""
+    if isinstance(tree, Tensor):
+        return [tree.to_local() if hasattr(tree, "to_local") else tree]
+    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return [tensor for item in items for tensor in _tensors(item)]
 
 
 def _versions(model: nn.Module) -> int:

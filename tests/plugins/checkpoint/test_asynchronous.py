@@ -13,7 +13,7 @@ import torch
 from drivetrain import Callback, CheckpointCallback, component
 from drivetrain_checkpoint import CheckpointError, Files, find_checkpoints, read_checkpoint
 from drivetrain_checkpoint.format import pack
-from drivetrain_checkpoint.staging import Copies, Staged, Staging
+from drivetrain_checkpoint.staging import Arena, Copies, Staged, Staging
 
 
 class Held(Files):
@@ -140,18 +140,39 @@ def test_at_most_one_is_in_flight(trainer, tmp_path, every):
     assert [step for step, _ in watch.announced] == sorted(c.step for c in find_checkpoints(tmp_path / "run")) == wanted
 
 
-def test_host_buffers_are_used_again(trainer, monkeypatch):
+def test_host_memory_is_used_again(trainer, monkeypatch):
     seen = []
     copy = Staging.copy
-    monkeypatch.setattr(
-        Staging,
-        "copy",
-        lambda self, *given: [seen.append({k: b.data_ptr() for k, b in self._buffers.items()}), copy(self, *given)][1],
-    )
+
+    def noting(self, *given):
+        staged = copy(self, *given)
+        seen.append({name: buffer.data_ptr() for name, buffer in staged.packed.tensors["model.safetensors"].items()})
+        return staged
+
+    monkeypatch.setattr(Staging, "copy", noting)
     callback = with_files(Files(), every="2st")
     trainer(callback).train()
-    assert seen[0] == {} and seen[1] == seen[2] and len(seen[1]) > 8
-    assert callback._staging._buffers == {}  # not kept beyond the run
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 9 and len(set(seen[0].values())) == 9
+    assert callback._staging._arenas == {}  # not kept beyond the run
+
+
+@pytest.mark.parametrize(("every", "ahead"), [("1st", 0), ("3st", 1)])
+def test_the_memory_for_the_first_save_is_made_before_it(trainer, monkeypatch, every, ahead):
+    """In a thread, as soon as the optimizer has its state; the first copy finds it large enough. One after a single step makes it."""
+    made = []
+    make, of = Arena._make, Arena.of
+    monkeypatch.setattr(Arena, "_make", lambda self, size: [made.append(threading.current_thread().name), make(self, size)][1])
+    monkeypatch.setattr(Arena, "of", lambda self, size: [of(self, 0), made.append(len(self.memory) >= size), of(self, size)][2])
+    trainer(with_files(Files(), every=every)).train()
+    assert made.count("drivetrain-checkpoint-memory") == ahead
+    assert made.count(False) == 1 - ahead and made.count(True) >= 1
+
+
+@pytest.mark.parametrize("given", [{"every": "8st"}, {"every": "100st"}, {"every": "3st", "asynchronous": False}])
+def test_no_memory_is_made_when_nothing_is_copied(trainer, monkeypatch, given):
+    monkeypatch.setattr(Arena, "_make", lambda *_: pytest.fail("made"))
+    monkeypatch.setattr(Arena, "prepare", lambda *_: pytest.fail("made"))
+    trainer(with_files(Files(), **given)).train()
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------------
