@@ -1,8 +1,13 @@
-"""How long a save keeps the training waiting: asynchronous, synchronous, and a plain copy of the same memory.
+"""How long a save keeps the training waiting: the checkpoint callback's own time in real runs, against a plain copy of the same memory.
 
-`python tests/benchmarks/checkpoint_stall.py [--parameters 100e6] [--rounds 5] [--directory DIR]` prints a Markdown table. The
-state is that of Adam: the weights and two moments, fp32. A step here is matrix products of a fixed size, so that what a save in
-the background takes from the training shows in the steps beside it.
+`python tests/benchmarks/checkpoint_stall.py [--parameters 100e6] [--rounds 5] [--directory DIR]` prints a Markdown table; by torchrun
+with several processes, the same for FSDP, each process with its part of the state.
+
+The state is that of AdamW: the weights and two moments, fp32. Three runs of the same training save every few steps: in the background
+by a thread (what the callback does), in the background by a forked process, and at once. In each of them, just before every save, the
+tensors of the state are copied to memory that has been used before, as the least that an asynchronous save must do. What is measured
+is the time that the training's thread spends in the callback, from the event that makes it save to the next step, everything
+included. A save begins when the one before it has ended.
 """
 
 from __future__ import annotations
@@ -12,157 +17,224 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-from drivetrain_checkpoint.background import Work, in_background
-from drivetrain_checkpoint.format import pack
-from drivetrain_checkpoint.staging import Staging
-from drivetrain_checkpoint.store import Store
+import drivetrain_checkpoint.callback as product
+from drivetrain import Callback, CallbackContext, CheckpointCallback, Trainer, TrainingConfig
+from drivetrain_checkpoint.background import Saved, in_background
 
 LAYER = 1024
+EVERY = 3  # steps between saves
+WAYS = ("thread", "process", "synchronous")
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+Found = dict[str, list[float]]
 
 
-def state(parameters: int) -> dict[str, Any]:
-    """Weights and the moments of Adam, in square layers of a million."""
-    shapes = [(LAYER, LAYER)] * max(1, round(parameters / LAYER**2))
-    weights = {f"layers.{i}.weight": torch.randn(shape) for i, shape in enumerate(shapes)}
-    moments = {i: {"step": torch.tensor(1.0), "exp_avg": w * 0.1, "exp_avg_sq": w * w} for i, w in enumerate(weights.values())}
-    return {"model": weights, "optimizer": {"state": moments, "param_groups": [{"lr": 0.1, "params": list(moments)}]}}
+class Layers(nn.Module):
+    """Square layers of a million parameters."""
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(LAYER, LAYER, bias=False) for _ in range(max(1, round(parameters / LAYER**2))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x
 
 
-def tensors(tree: Any) -> list[torch.Tensor]:
-    """All tensors of a tree."""
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    items = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ()
-    return [tensor for item in items for tensor in tensors(item)]
+class Timed(CheckpointCallback):
+    """The callback, with the time that each of its events takes of the training's thread."""
 
+    spent = 0.0  # seconds since the last copy or step
 
-def seconds(action: Callable[[], Any]) -> float:
-    """The time that an action takes."""
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
-
-
-def write_now(work: Work, tree: Any) -> None:
-    """A synchronous save."""
-    work.do(pack(tree))
-
-
-class Training:
-    """Steps of a fixed amount of work."""
-
-    def __init__(self) -> None:
-        self.a, self.b = torch.randn(768, 768), torch.randn(768, 768)
-
-    def step(self) -> None:
-        for _ in range(4):
-            self.a @ self.b
-
-    def rate_until(self, done: Callable[[], bool], at_least: float = 0.0) -> float:
-        """Steps a second until something has ended."""
-        began, count = time.perf_counter(), 0
-        while not done() or time.perf_counter() - began < at_least:
-            self.step()
-            count += 1
-        return count / (time.perf_counter() - began)
-
-
-def in_a_process(work: Callable[[], Any]) -> Callable[[], bool]:
-    """Do `work` in a forked process; the returned function says whether it has ended."""
-    if (child := os.fork()) == 0:
-        os.nice(5)
-        work()
-        os._exit(0)
-    ended = []
-
-    def done() -> bool:
-        if not ended and os.waitpid(child, os.WNOHANG)[0]:
-            ended.append(True)
-        return bool(ended)
-
-    return done
-
-
-def measure(parameters: int, rounds: int, directory: Path) -> dict[str, list[float]]:
-    """Seconds for each way of saving, and steps a second beside a thread, beside a process and alone; in turns."""
-    tree, training, staging = state(parameters), Training(), Staging()
-    sources = tensors(tree)
-    copies = [torch.zeros_like(tensor) for tensor in sources]
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
-    for turn in range(rounds + 1):
-        store = Store(directory / "run")
-        work = Work(store, turn, 1, None)
-        copy = seconds(lambda: [copy.copy_(tensor) for copy, tensor in zip(copies, sources, strict=True)])
-        synchronous = seconds(partial(write_now, work, tree))
-        alone = training.rate_until(lambda: True, at_least=1.0)
+    def timed(self, event: Callable[[CallbackContext], None], ctx: CallbackContext) -> None:
         began = time.perf_counter()
-        staged = staging.copy(pack(tree))
-        future = in_background(partial(work.do_staged, staged))
-        stall = time.perf_counter() - began
-        beside_thread = training.rate_until(future.done)
-        future.result()
-        written = time.perf_counter() - began
-        beside_process = training.rate_until(in_a_process(partial(work.do_staged, staged)))
-        if turn == 0:
-            note("first", stall)  # the buffers are made
-            continue
-        for name, value in (
-            ("copy", copy),
-            ("synchronous", synchronous),
-            ("asynchronous", stall),
-            ("written", written),
-            ("alone", alone),
-            ("beside thread", beside_thread / alone),
-            ("beside process", beside_process / alone),
-        ):
-            note(name, value)
-    return found
+        event(ctx)
+        self.spent += time.perf_counter() - began
+
+    def on_every(self, ctx: CallbackContext) -> None:
+        self.timed(super().on_every, ctx)
+
+    def on_step_start(self, ctx: CallbackContext) -> None:
+        self.timed(super().on_step_start, ctx)
+
+    def on_clipped(self, ctx: CallbackContext) -> None:
+        self.timed(super().on_clipped, ctx)
+
+    @property
+    def is_writing(self) -> bool:
+        return self._in_flight is not None and not self._in_flight.has_ended
 
 
-def table(found: dict[str, list[float]], size: int) -> str:
+class Measure(Callback):
+    """Copies the state before each save, and notes what the steps and the saves take."""
+
+    def __init__(self, saving: Timed) -> None:
+        self.saving, self.found, self.copies = saving, Found(), list[Tensor]()
+        self.began, self.wrote = time.perf_counter(), False
+
+    def note(self, name: str, value: float) -> None:
+        self.found.setdefault(name, []).append(value)
+
+    def on_step_start(self, ctx: CallbackContext) -> None:
+        """The callback's own event has just been: what it has spent since the last step's end is the stall."""
+        if ctx.step and ctx.step % EVERY == 0:
+            self.note("stall", self.saving.spent)
+        self.began, self.wrote, self.saving.spent = time.perf_counter(), self.saving.is_writing, 0.0
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if self.wrote == self.saving.is_writing and ctx.step > 1:
+            self.note("step beside" if self.wrote else "step alone", time.perf_counter() - self.began)
+        if ctx.step % EVERY == 0 or ctx.step == 1:
+            self.copy(ctx)
+
+    def copy(self, ctx: CallbackContext) -> None:
+        """The same tensors, copied; not while a save is still being written."""
+        while self.saving.is_writing:
+            time.sleep(0.01)
+        ctx.strategy.barrier()
+        state = [v for entry in ctx.optimizer.state.values() for v in entry.values() if isinstance(v, Tensor)]
+        sources = [local(t) for t in (*ctx.model.parameters(), *state)]
+        if not self.copies:
+            self.copies = [torch.zeros_like(source) for source in sources]
+            return
+        began = time.perf_counter()
+        for to, source in zip(self.copies, sources, strict=True):
+            to.copy_(source)
+        self.note("copy", time.perf_counter() - began)
+        self.saving.spent = 0.0
+
+    def on_checkpoint_saved(self, ctx: CallbackContext) -> None:
+        self.note("size", float(sum(copy.nbytes for copy in self.copies)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part."""
+    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach()
+
+
+def in_a_process(work: Callable[[], Saved]) -> Future[Any]:
+    """In the place of `in_background`: `work` in a forked process, which a thread waits for."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            os.nice(5)
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    future: Future[Any] = Future()
+
+    def wait() -> None:
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        newest = max(Path(work.func.__self__.store.root).glob("step-*"))  # type: ignore[attr-defined]
+        future.set_result(Saved(newest)) if code == 0 else future.set_exception(RuntimeError(f"the process ended with {code}"))
+
+    threading.Thread(target=wait).start()
+    return future
+
+
+@contextmanager
+def writing(way: str, durations: list[float]) -> Iterator[None]:
+    """Let the callback write in a certain way, and note how long each save takes to be durable."""
+
+    def noted(work: Any) -> Future[Any]:
+        began = time.perf_counter()
+        future = (in_a_process if way == "process" else in_background)(work)
+        future.add_done_callback(lambda _: durations.append(time.perf_counter() - began))
+        return future
+
+    before, product.in_background = product.in_background, noted
+    try:
+        yield
+    finally:
+        product.in_background = before
+
+
+def measure(parameters: int, rounds: int, directory: Path, way: str) -> Found:
+    """Seconds of the training's waiting and of a copy for each save, the first one apart; seconds of each step."""
+    torch.manual_seed(0)
+    rows = torch.randn(64, LAYER)
+    config = TrainingConfig(
+        max_duration=f"{EVERY * (rounds + 1) + 1}st",
+        per_device_batch_size=4,
+        output_dir=directory,
+        run_name=way,
+        standard_callbacks=False,
+        log_interval="1000st",
+        precision="fp32",
+        optimizer="adamw",
+        scheduler="constant",
+        distributed="fsdp" if WORLD > 1 else "none",
+        device="cpu",
+    )
+    saving = Timed(every=f"{EVERY}st", keep_last=1, asynchronous=way != "synchronous", save_at_end=False)
+    watch, durable = Measure(saving), list[float]()
+    with writing(way, durable):
+        trainer = Trainer(Layers(parameters), config, TensorDataset(rows, rows), loss=nn.MSELoss(), callbacks=[saving, watch])
+        trainer.train()
+    found = watch.found
+    first, *found["stall"] = found["stall"]
+    found |= {"first": [first], "durable": durable[1:] or found["stall"], "copy": found["copy"][1:]}
+    worst = trainer.ctx.strategy.gather({name: found[name] for name in ("stall", "first", "copy")})
+    return found | {name: [max(values) for values in zip(*(w[name] for w in worst), strict=True)] for name in worst[0]}
+
+
+def table(found: dict[str, Found]) -> str:
     """The medians as Markdown."""
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    copy = middle["copy"]
+    middle = {way: {name: statistics.median(values) for name, values in one.items()} for way, one in found.items()}
     rows = [
-        ("plain copy of the memory", copy),
-        ("asynchronous save: the training waits", middle["asynchronous"]),
-        ("asynchronous save, the first one (makes its buffers)", middle["first"]),
-        ("synchronous save: the training waits", middle["synchronous"]),
-        ("asynchronous save: durable after", middle["written"]),
+        ("in the background, by a thread (the callback's way)", "thread", "stall"),
+        ("the same, the first save of the run", "thread", "first"),
+        ("in the background, by a process", "process", "stall"),
+        ("at once", "synchronous", "stall"),
+        ("thread: durable after", "thread", "durable"),
+        ("process: durable after", "process", "durable"),
     ]
-    lines = [f"State: {size / 1e9:.2f} GB, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads of torch.", ""]
-    lines += ["| | seconds | against the copy |", "|---|---:|---:|"]
-    lines += [f"| {name} | {value:.3f} | {value / copy:.2f} |" for name, value in rows]
-    lines += ["", "| steps a second while it is written | against alone |", "|---|---:|"]
-    lines += [f"| by a {kind} | {middle[f'beside {kind}']:.2f} |" for kind in ("thread", "process")]
+    size = middle["thread"]["size"]
+    divided = f" in each of {WORLD} processes, FSDP" if WORLD > 1 else ""
+    lines = [f"State: {size / 1e9:.2f} GB{divided}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads of torch.", ""]
+    lines += ["| the training waits | seconds | a plain copy in the same run | ratio |", "|---|---:|---:|---:|"]
+    for text, way, name in rows:
+        value, copy = middle[way][name], middle[way]["copy"]
+        lines.append(f"| {text} | {value:.3f} | {copy:.3f} | {value / copy:.2f} |")
+    lines += ["", "| a step while a save is written | seconds | alone | ratio |", "|---|---:|---:|---:|"]
+    for way in ("thread", "process"):
+        beside, alone = (middle[way].get(f"step {which}", float("nan")) for which in ("beside", "alone"))
+        lines.append(f"| by a {way} | {beside:.3f} | {alone:.3f} | {beside / alone:.2f} |")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> str:
     parser = argparse.ArgumentParser(description="measure how long a save keeps the training waiting")
     parser.add_argument("--parameters", type=float, default=100e6)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--directory", type=Path, help="where to write; by default a temporary directory")
-    given = parser.parse_args()
-    directory = Path(tempfile.mkdtemp(dir=given.directory))
+    parser.add_argument(
+        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where to write; by default where TMPDIR says"
+    )
+    given = parser.parse_args(arguments)
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "") + os.environ.get("MASTER_PORT", "") or str(os.getpid())
+    directory = given.directory / f"checkpoint-stall-{job}"
     try:
-        found = measure(int(given.parameters), given.rounds, directory)
+        found = {way: measure(int(given.parameters), given.rounds, directory, way) for way in WAYS}
     finally:
-        shutil.rmtree(directory)
-    print(table(found, sum(tensor.nbytes for tensor in tensors(state(int(given.parameters))))))
+        if os.environ.get("RANK", "0") == "0":
+            shutil.rmtree(directory, ignore_errors=True)
+    return table(found)
 
 
 if __name__ == "__main__":
-    main()
+    text = main()
+    if os.environ.get("RANK", "0") == "0":
+        print(text)

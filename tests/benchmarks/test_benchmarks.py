@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmark scripts; the scripts themselves are run by hand."""
+"""The arithmetic of the benchmark scripts, and one small run of those that take little time; in earnest they are run by hand."""
 
 from __future__ import annotations
 
@@ -91,3 +91,13 @@ def test_a_changed_setting_is_another_result() -> None:
     assert job.key != optimizers.Job("adamw", 1e-3, 10, 0, setting._replace(width=64)).key
     assert job.key == optimizers.Job("adamw", 1e-3, 10, 0, setting._replace(lengths=(10, 20))).key
     json.loads(job.key)
+
+
+def test_the_stall_of_a_save_is_measured_through_the_callback(tmp_path: Path) -> None:
+    """Whatever the numbers on a busy machine: every row is there, and each way has waited longer than for nothing."""
+    text = script("checkpoint_stall").main(["--parameters", "2e6", "--rounds", "1", "--directory", str(tmp_path)])
+    rows = [line.split("|")[2:5] for line in text.splitlines() if line.startswith("| ") and "seconds" not in line]
+    assert len(rows) == 8
+    assert all(float(value) > 0 and float(copy) > 0 for value, copy, _ in rows[:6])
+    assert "State: 0.03 GB" in text
+    assert list(tmp_path.iterdir()) == []
