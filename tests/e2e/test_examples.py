@@ -13,13 +13,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from drivetrain_cli.app import main
+
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
+Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,7 @@ def test_own_loop_sees_every_step_and_leaves_in_good_order(capsys: pytest.Captur
     assert said[-1] < 1e-3 < said[0]
 
 
-def at_a_terminal(*words: str) -> tuple[int, str, str]:
+def run_at_a_terminal(*words: str) -> tuple[int, str, str]:
     """Run the `drivetrain` program with its standard error on a terminal; the exit code and what it said on both."""
     ours, theirs = pty.openpty()
     said = bytearray()
@@ -95,12 +99,12 @@ def python_in(text: str) -> float:
     return sum(word in own for word in words) / max(len(words), 1)
 
 
-def quickstart(steps: int, every: int, *overrides: str) -> tuple[list[tuple[int, float]], str]:
+def quickstart(run: Run, steps: int, every: int, *overrides: str) -> tuple[list[tuple[int, float]], str]:
     """Train as `docs/examples/quickstart.toml` says; the evaluations in bits for each byte, and the text of the end."""
-    code, output, shown = at_a_terminal("train", str(EXAMPLES / "quickstart.toml"), *overrides)
+    code, output, shown = run("train", str(EXAMPLES / "quickstart.toml"), *overrides)
     assert code == 0, shown
     run_dir = Path("runs/quickstart")
-    assert f"{steps}/{steps}" in shown and "%" in shown and "\r" in shown, "a progress bar"
+    assert f"step {steps}/{steps}" in shown
     assert "tensorboard --logdir runs/quickstart" in output
 
     found = scalars(run_dir)
@@ -118,11 +122,16 @@ def quickstart(steps: int, every: int, *overrides: str) -> tuple[list[tuple[int,
     return bits, "\n".join(text.strip().splitlines()[1:-1])
 
 
-def test_the_quickstart_in_three_steps() -> None:
+def test_the_quickstart_in_three_steps(capsys: pytest.CaptureFixture[str]) -> None:
     """The whole of it in small; and the control of what is asked of the text: an untrained model writes no Python."""
+
+    def here(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        return code, *capsys.readouterr()
+
     small = ("model.layers=1", "model.heads=1", "model.width=16", "data.max_bytes=20000", "max_duration=3st")
     often = ("eval_interval=1st", "callbacks.checkpoint.every=1st", "log_interval=1st")
-    bits, text = quickstart(3, 1, *small, *often)
+    bits, text = quickstart(here, 3, 1, *small, *often)
     assert 7.5 < bits[0][1] < 8.5
     assert bits[-1][1] < bits[0][1]
     assert text.startswith("def ")
@@ -134,7 +143,15 @@ def test_the_quickstart_in_three_steps() -> None:
 def test_the_quickstart_learns_to_write_python(record_property: Any) -> None:
     """As it is: from 8 bits for each byte to under 2.6, and text that a person knows for Python."""
     began = time.monotonic()
-    bits, text = quickstart(1500, 500)
+    shown = ""
+
+    def at_a_terminal(*words: str) -> tuple[int, str, str]:
+        nonlocal shown
+        code, output, shown = run_at_a_terminal(*words)
+        return code, output, shown
+
+    bits, text = quickstart(at_a_terminal, 1500, 500)
+    assert re.search(r"\rstep \d{1,3}/1500 ━[^\r]* \d+%", shown), "a progress bar"
     record_property("seconds", time.monotonic() - began)
     record_property("bits_per_byte", bits)
     assert 7.5 < bits[0][1] < 8.5
