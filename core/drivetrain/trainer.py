@@ -436,7 +436,7 @@ class Trainer:
             with self._blaming_output_dir():
                 run.events.run_start(ctx)
         run.agenda.replan()
-        if ctx.config.eval_at_start and ctx.step == 0:
+        if ctx.config.eval_at_start and ctx.config.eval_interval is not None and ctx.step == 0:
             run.evaluate_as_planned()
 
     def _restore(self) -> None:
