@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -18,8 +18,10 @@ from drivetrain.peers import Peer, announce_failures
 
 if TYPE_CHECKING:
     from drivetrain.context import CallbackContext
+    from drivetrain.strategy import Strategy
 
 _MAY_DIFFER = ("callbacks", "output_dir", "device")  # callbacks are compared as components; the others name what is local
+_CALLBACK = "version of "  # of a callback, which one rank may have alone
 _MOST = 8  # differences shown
 
 
@@ -32,15 +34,40 @@ def agree(ctx: CallbackContext, components: Iterable[Component]) -> None:
     strategy = ctx.strategy
     if strategy.world_size == 1:
         return
-    started_with = _started_with(ctx, components)
-    digest = hashlib.sha256(repr(sorted(started_with.items())).encode()).hexdigest()
-    found = strategy.gather((digest, Peer.here(strategy.rank, _identity(ctx.device))))
+    mine = _started_with(ctx, components)
+    found = strategy.gather((_digest(mine), Peer.here(strategy.rank, _identity(ctx.device))))
     strategy.peers = tuple(peer for _, peer in found)
     announce_failures(strategy.peers[strategy.rank])
-    if len({other for other, _ in found}) > 1:
-        raise ConfigError(_differences(strategy.gather(started_with), strategy.peers))
+    _compare(strategy, mine, [digest for digest, _ in found])
     if shared := _shared_devices(strategy.peers):
         raise ConfigError([Problem("device", shared)])
+
+
+def agree_on_parts(ctx: CallbackContext, samples: int | None) -> None:
+    """The same for what could only be compared once it was there: the lengths of the data and the model's shapes. One gather.
+
+    Args:
+        samples: of the training data; None where it has no number of them.
+    """
+    if ctx.strategy.world_size == 1:
+        return
+    lengths = {
+        "samples of the training data": samples,
+        "steps in an epoch": ctx.steps_per_epoch,
+        "batches in an evaluation": ctx.eval_batches,
+    }
+    mine = lengths | {f"shape of {name}": tuple(value.shape) for name, value in ctx.model.named_parameters()}
+    _compare(ctx.strategy, mine, ctx.strategy.gather(_digest(mine)))
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()
+
+
+def _compare(strategy: Strategy, mine: dict[str, Any], digests: list[str]) -> None:
+    """Where the digests differ, find out in what."""
+    if len(set(digests)) > 1 and (problems := _differences(strategy.gather(mine), strategy.peers)):
+        raise ConfigError(problems)
 
 
 def _started_with(ctx: CallbackContext, components: Iterable[Component]) -> dict[str, Any]:
@@ -51,6 +78,7 @@ def _started_with(ctx: CallbackContext, components: Iterable[Component]) -> dict
         if thing.kind == "callback":  # one may do something on its own rank alone, but what is periodic ends in a collective
             every = getattr(thing, "every", None)
             rows |= {} if every is None else {f"{thing.plugin_name}.every": str(every)}
+            rows[_CALLBACK + thing.plugin_name] = thing.origin
         else:
             rows |= {f"{thing.plugin_name}.{key}": plain(value, key) for key, value in _options(thing).items()}
             rows[f"{thing.plugin_name} from"] = thing.origin
@@ -66,15 +94,20 @@ def _options(thing: Component) -> dict[str, Any]:
     return {f.name: getattr(thing, f.name, None) for f in fields_of(type(thing)) if f.init}
 
 
-def _differences(found: list[dict[str, Any]], peers: tuple[Peer, ...]) -> list[Problem]:
+def _differences(found: list[dict[str, Any]], peers: Sequence[Peer]) -> list[Problem]:
     """What differs from rank 0, each key with the first rank that has another value."""
     problems = []
     for key in sorted(set().union(*found)):
-        others = [rank for rank, row in enumerate(found) if row.get(key, "(absent)") != found[0].get(key, "(absent)")]
+        has = [row.get(key, "(absent)") for row in found]
+        others = [
+            rank for rank, value in enumerate(has) if value != has[0] and not (key.startswith(_CALLBACK) and "(absent)" in has)
+        ]
         if others:
-            here, there = (row.get(key, "(absent)") for row in (found[0], found[others[0]]))
+            here, there = has[0], has[others[0]]
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             problems.append(Problem(key, f"{here!r} on {peers[0]}, but {there!r} on {peers[others[0]]}{more}"))
+    if not problems:
+        return []
     more_keys = [Problem("", f"… and {len(problems) - _MOST} more keys")] if len(problems) > _MOST else []
     return [*problems[:_MOST], *more_keys, Problem("", "Start every process with the same configuration, code and versions.")]
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from attrs import frozen
 
 from drivetrain.errors import ConfigError, Problem
 from drivetrain.registry import load
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_MPI = (  # rank, size, and where the place on the machine may stand
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", [("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")]),
+    ("PMI_RANK", "PMI_SIZE", [("MPI_LOCALRANKID", "MPI_LOCALNRANKS"), ("PMI_LOCAL_RANK", "PMI_LOCAL_SIZE")]),
+    ("PMIX_RANK", "PMIX_SIZE", [("PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE")]),
+)
+_NO_STEP = 0xFFFFFFF0  # numbers from here on are not those of steps that srun was given: batch, interactive, extern
 
 
 @frozen
@@ -39,32 +47,44 @@ class Cluster:
 
 
 def detect(environment: Mapping[str, str] | None = None) -> Cluster:
-    """The plugin that DRIVETRAIN_CLUSTER names, or the first of torchrun, SLURM and MPI that left its traces, in this order; else one
-    process alone.
-
-    torchrun comes first because it also runs inside SLURM jobs. An interactive SLURM shell is one process, whatever the job's size.
+    """The first launcher of `asked` that left its traces; else one process alone.
 
     Raises:
-        ConfigError: when the variables contradict each other.
+        ConfigError: when the variables contradict each other, or are not all there.
     """
     env = os.environ if environment is None else environment
-    found = _named(env) or _torchrun(env) or _slurm(env) or _mpi(env) or Cluster("none")
+    found = next((answer for _, answer in asked(env) if isinstance(answer, Cluster)), None)
+    if found is None:
+        found = Cluster("none")
+        if here := [name for name in _TORCHRUN if name in env]:
+            missing = ", ".join(name for name in (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT") if name not in env)
+            raise _refused(f"of torchrun's variables {', '.join(here)} are set, but not {missing}; set all or none")
     if not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
         said = ", ".join(f"{name}={env[name]}" for name in found.evidence)
-        raise ConfigError([Problem("distributed", f"the environment of {found.launcher} contradicts itself: {said}")])
+        raise _refused(f"the environment of {found.launcher} contradicts itself: {said}")
     return found
 
 
-def _named(env: Mapping[str, str]) -> Cluster | None:
-    """What a plugin of the kind `cluster` finds: a function from the environment to a `Cluster`, or None where it sees nothing."""
-    name = env.get("DRIVETRAIN_CLUSTER")
-    return None if name is None else cast(Cluster | None, cast(Any, load("cluster", name))(env))
+def asked(env: Mapping[str, str]) -> Iterator[tuple[str, Cluster | str]]:
+    """Each launcher in order, with what it says of this process or why it was not this one.
+
+    The plugin that DRIVETRAIN_CLUSTER names comes first. Then torchrun, which also runs inside jobs of the others; then MPI, whose mpirun
+    runs inside SLURM jobs, where it starts a daemon on each machine by srun: SLURM's variables are the daemon's.
+    """
+    if (name := env.get("DRIVETRAIN_CLUSTER")) is not None:
+        found = cast(Any, load("cluster", name))(
+            env
+        )  # a function from the environment to a `Cluster`, or None where it sees nothing
+        yield f"{name} (DRIVETRAIN_CLUSTER)", cast(Cluster, found) if found is not None else "sees nothing of its own"
+    yield "torchrun", _torchrun(env)
+    yield "mpi", _mpi(env)
+    yield "slurm", _slurm(env)
 
 
-def _torchrun(env: Mapping[str, str]) -> Cluster | None:
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    if not all(name in env for name in names):
-        return None
+def _torchrun(env: Mapping[str, str]) -> Cluster | str:
+    names = (*_TORCHRUN, "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in env]:
+        return f"{', '.join(missing)} not set"
     local_size = env.get("LOCAL_WORLD_SIZE", str(_integer(env, "LOCAL_RANK") + 1))
     return Cluster(
         "torchrun",
@@ -78,46 +98,57 @@ def _torchrun(env: Mapping[str, str]) -> Cluster | None:
     )
 
 
-def _slurm(env: Mapping[str, str]) -> Cluster | None:
+def _mpi(env: Mapping[str, str]) -> Cluster | str:
+    """Open MPI; MPICH, Hydra and Intel MPI; PMIx as other launchers set it. srun speaks PMI and PMIx as well, for its own tasks."""
+    for rank, size, places in _MPI:
+        if rank not in env or size not in env:
+            continue
+        if _in_step(env) and (env[rank], env[size]) == (env.get("SLURM_PROCID"), env.get("SLURM_NTASKS")):
+            return f"{rank} and {size} are those of srun's tasks"
+        local, local_size = next((pair for pair in places if set(pair) <= set(env)), (rank, size))
+        return Cluster(
+            "mpi",
+            _integer(env, rank),
+            _integer(env, size),
+            _integer(env, local),
+            _integer(env, local_size),
+            env.get("MASTER_ADDR"),
+            int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None,
+            tuple(dict.fromkeys((rank, size, local))),
+        )
+    return f"none of {', '.join(row[0] for row in _MPI)} set"
+
+
+def _slurm(env: Mapping[str, str]) -> Cluster | str:
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    if not all(name in env for name in names) or "SLURM_STEP_ID" not in env:
-        return None  # sbatch's own shell and salloc have the job's variables but no step: one process
-    if env.get("SLURM_JOB_NAME") in ("bash", "zsh", "interactive") or env.get("SLURM_PTY_PORT"):
-        return None  # srun --pty: a person at a prompt
+    if missing := [name for name in names if name not in env]:
+        return f"{', '.join(missing)} not set"
+    if not _in_step(env):
+        return "no step of srun's: the shell of sbatch or salloc is one process"
+    if "SLURM_PTY_PORT" in env:
+        return "srun --pty: a person at a prompt is one process"
+    size, here = _integer(env, "SLURM_NTASKS"), _tasks_here(env)
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
-    return Cluster(
-        "slurm",
-        _integer(env, "SLURM_PROCID"),
-        _integer(env, "SLURM_NTASKS"),
-        _integer(env, "SLURM_LOCALID"),
-        _tasks_here(env),
-        env.get("MASTER_ADDR") or _first_host(nodes),
-        int(env.get("MASTER_PORT", 15000 + int(env.get("SLURM_JOB_ID", "0")) % 5000)),
-        names,
-    )
+    address = env.get("MASTER_ADDR") or ("127.0.0.1" if here == size else _first_host(nodes))
+    port = int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None
+    if port is None and here != size:  # the same on all machines, another one for another job or step
+        port = 15000 + (int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env["SLURM_STEP_ID"])) % 15000
+    return Cluster("slurm", _integer(env, names[0]), size, _integer(env, names[2]), here, address, port, names)
 
 
-def _mpi(env: Mapping[str, str]) -> Cluster | None:
-    """Open MPI; MPICH, Hydra and Intel MPI; PMIx as other launchers set it."""
-    for rank, size, local, local_size in (
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-        ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-        ("PMIX_RANK", "PMIX_SIZE", "PMIX_LOCAL_RANK", "PMIX_LOCAL_SIZE"),
-    ):
-        if rank in env and size in env:
-            here = _integer(env, local) if local in env else _integer(env, rank)
-            count = _integer(env, local_size) if local_size in env else _integer(env, size)
-            port = int(env["MASTER_PORT"]) if "MASTER_PORT" in env else None
-            address = env.get("MASTER_ADDR")
-            return Cluster("mpi", _integer(env, rank), _integer(env, size), here, count, address, port, (rank, size))
-    return None
+def _in_step(env: Mapping[str, str]) -> bool:
+    return "SLURM_STEP_ID" in env and _integer(env, "SLURM_STEP_ID") < _NO_STEP
+
+
+def _refused(why: str) -> ConfigError:
+    return ConfigError([Problem("distributed", why)])
 
 
 def _integer(env: Mapping[str, str], name: str) -> int:
     try:
         return int(env[name])
     except ValueError:
-        raise ConfigError([Problem("distributed", f"the environment variable {name}={env[name]!r} is no number")]) from None
+        raise _refused(f"the environment variable {name}={env[name]!r} is no number") from None
 
 
 def _tasks_here(env: Mapping[str, str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,13 @@ class DeviceManager:
         return f"DeviceManager({self.name!r})"
 
 
+def divide_cores(processes: int) -> None:
+    """Divide the machine's cores among its processes of a run, unless somebody has: OMP_NUM_THREADS, or a launcher that binds each."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes > 1 and "OMP_NUM_THREADS" not in os.environ and cores == os.cpu_count():
+        torch.set_num_threads(max(1, cores // processes))
+
+
 def _choose(wanted: str, local_rank: int) -> torch.device:
     kind, _, index = wanted.partition(":")
     if kind == "auto":
@@ -119,7 +127,9 @@ def _mine(kind: str, local_rank: int) -> torch.device:
     many = f"{count} {kind} device{'s' if count != 1 else ''}"
     message = f"process {local_rank + 1} of this machine has none: there are only {many}. Start {count}, or train with device = 'cpu'."
     if (place := detect()).launcher == "mpi" and len(place.evidence) == 2:
-        message += " (The launcher does not say which of a machine's processes this is: set MPI_LOCALRANKID and MPI_LOCALNRANKS.)"
+        message += (
+            " (The launcher does not say which of a machine's processes this is: set MPI_LOCALRANKID and MPI_LOCALNRANKS.)"
+        )
     raise ConfigError([Problem("device", message)])
 
 

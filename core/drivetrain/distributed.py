@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import itertools
 import os
 import pickle
+import socket
 import tempfile
 import time
 import weakref
@@ -95,12 +97,14 @@ class ProcessGroupStrategy(Strategy):
             dist.init_process_group(init_method="env://", **given)
             return
         given |= {"rank": cluster.rank, "world_size": cluster.world_size}
-        if cluster.address and cluster.port:
-            dist.init_process_group(init_method=f"tcp://{cluster.address}:{cluster.port}", **given)
-        elif cluster.world_size == 1:
+        if cluster.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **given)  # type: ignore[attr-defined]
+        elif cluster.address and cluster.port:
+            if cluster.rank == 0 and cluster.launcher == "slurm" and not _is_free(cluster.port):
+                raise RuntimeError(f"something else has port {cluster.port}; set MASTER_PORT to another one")
+            dist.init_process_group(init_method=f"tcp://{cluster.address}:{cluster.port}", **given)
         elif cluster.world_size == cluster.local_world_size:
-            store = dist.FileStore(str(_meeting_file()), cluster.world_size)  # type: ignore[attr-defined]
+            store = dist.FileStore(str(_meeting_file(cluster.launcher)), cluster.world_size)  # type: ignore[attr-defined]
             dist.init_process_group(store=store, **given)
         else:
             message = f"{cluster.launcher} started processes on several machines; set MASTER_ADDR and MASTER_PORT to where rank 0 runs"
@@ -139,6 +143,15 @@ class ProcessGroupStrategy(Strategy):
         if self._meetings is not None:
             self._meetings.leave()
             self._meetings = None
+
+
+def _is_free(port: int) -> bool:
+    """torch itself would listen beside another program that has the port for IPv4 alone, and then talk to that one."""
+    with socket.socket() as one, contextlib.suppress(OSError):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a store that has ended leaves its port waiting
+        one.bind(("", port))
+        return True
+    return False
 
 
 def _unpickled(part: Tensor) -> Any:
@@ -187,8 +200,11 @@ def _did_not_meet(cluster: Cluster, error: BaseException) -> ConfigError:
     return ConfigError([Problem("distributed", message)])
 
 
-def _meeting_file() -> Path:
+def _meeting_file(launcher: str) -> Path:
     """A file that the processes of one launch on this machine, and no others, share: named after the launcher's own job."""
-    job = "-".join(os.environ.get(name, "") for name in ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID")) or "job"
-    name = hashlib.sha256(f"{os.getuid()} {os.getppid()} {job}".encode()).hexdigest()[:24]
+    of_mpi = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_ID")
+    of_slurm = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    parent = "" if launcher == "slurm" else os.getppid()  # a container may give each task a parent of its own
+    job = "-".join(os.environ.get(name, "") for name in (of_slurm if launcher == "slurm" else of_mpi))
+    name = hashlib.sha256(f"{os.getuid()} {parent} {job}".encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"drivetrain-{name}"

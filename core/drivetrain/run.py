@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from drivetrain.agenda import Agenda
-from drivetrain.agreement import agree
+from drivetrain.agreement import agree, agree_on_parts
 from drivetrain.calling import ModelCall
 from drivetrain.catalogue import STANDARD_CALLBACKS
 from drivetrain.cluster import detect
@@ -23,7 +23,7 @@ from drivetrain.components import Component, adopt, component, make_component
 from drivetrain.config import TrainingConfig
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Split, StreamSource, make_source
-from drivetrain.devices import DeviceManager
+from drivetrain.devices import DeviceManager, divide_cores
 from drivetrain.duration import Duration
 from drivetrain.errors import ConfigError, DataError, PluginError, Problem
 from drivetrain.evaluation import Metrics, evaluate
@@ -70,6 +70,7 @@ class Run:
         if (place := detect()).world_size > 1:
             announce_failures(Peer.here(place.rank))
         self.devices = DeviceManager(str(given.device or self.config.device), place.local_rank)
+        divide_cores(place.local_world_size)
         ctx.device = self.devices.device
         self.components = self._components()
         self.pm = RunPluginManager(self.components)
@@ -85,6 +86,7 @@ class Run:
         self.eval_source = self._eval_source()
         ctx.eval_batches = 0 if self.eval_source is None else self.eval_source.steps_per_epoch
         _set_length(ctx, self.source)
+        agree_on_parts(ctx, None if self.source.sample_order is None else len(self.train_data))
         before = dict(ctx.model.named_parameters())
         self.model = prepare(self.pm, ctx)
         ctx.optimizer = self._optimizer(before)
@@ -128,8 +130,8 @@ class Run:
 
     def _choose_strategy(self) -> str:
         """With "auto" and several processes, take the strategy that the model's size asks for; returns why."""
-        ddp = self.single.get("distributed")
-        if self.config.distributed != "auto" or ddp is None or ddp.plugin_name != "strategy:ddp":
+        chosen = self.single.get("distributed")
+        if self.config.distributed != "auto" or chosen is None or chosen.plugin_name not in ("strategy:ddp", "strategy:mpi"):
             return ""
         maker, optimizer = self.single.get("model"), self.single.get("optimizer")
         name, why = choose_strategy(
@@ -139,7 +141,7 @@ class Run:
             state_8bit=optimizer is not None and optimizer.plugin_name.endswith("8bit"),
             adapters=getattr(self.single.get("training_mode"), "adapters", False),
         )
-        if name != "ddp":
+        if name != "ddp":  # which stands for whatever keeps the whole model on each process
             self.single["distributed"] = make_component("strategy", name, "distributed")
         return why
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from torch import nn
 
 from drivetrain import ConfigError, DeviceManager, Peer, PeerFailure, ProcessGroupStrategy
 from drivetrain.agreement import _shared_devices
+from drivetrain.devices import divide_cores
 from drivetrain.fitting import choose_strategy, training_bytes
 from drivetrain.peers import Blame
+from drivetrain.run import Run
 
 SCRIPT = Path(__file__).with_name("two_ranks.py")
 
@@ -67,6 +70,9 @@ HOST = os.uname().nodename
         ("seed", f"seed: 0 on rank 0 on {HOST}, but 1 on rank 1 on {HOST}"),
         ("own period", f".every: '1st' on rank 0 on {HOST}, but '2st' on rank 1 on {HOST}"),
         ("versions", f"version of drivetrain-core: '0.1.0' on rank 0 on {HOST}, but '0.0.9' on rank 1 on {HOST}"),
+        ("data", f"samples of the training data: 8 on rank 0 on {HOST}, but 9 on rank 1 on {HOST}"),
+        ("model", f"shape of weight: (2, 2) on rank 0 on {HOST}, but (3, 2) on rank 1 on {HOST}"),
+        ("callback's version", f"mine 1.0 on rank 0 on {HOST}, but 'mine 1.1' on rank 1".replace("mine 1.0", "'mine 1.0'")),
         ("indivisible", "global_batch_size: 6 is no multiple of per_device_batch_size × processes = 2 × 2 = 4"),
     ],
 )
@@ -151,6 +157,23 @@ for _ in range(20):
         assert [process.returncode for process in ranks] == [0, 0], said
 
 
+def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for processes in (1, 2, 16):
+        divide_cores(processes)
+    assert threads == [4, 1], "one alone keeps what torch chose"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    divide_cores(4)  # bound to two cores of its own
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    divide_cores(4)
+    assert threads == [4, 1]
+
+
 class TestDevices:
     @pytest.fixture(autouse=True)
     def two_devices(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +251,22 @@ class TestChoice:
             return nn.Linear(torch.ones(1).int().item(), 1)  # reads a value, which the meta device has not
 
         assert choose_strategy(None, fails, 1000, state_8bit=False, adapters=False)[0] == "ddp"
+
+    @pytest.mark.parametrize("launcher", ["ddp", "mpi"])
+    def test_auto_asks_whether_the_model_fits_whatever_has_started_the_processes(
+        self, monkeypatch: pytest.MonkeyPatch, launcher: str
+    ) -> None:
+        monkeypatch.setattr("drivetrain.run.choose_strategy", lambda *_, **__: ("fsdp", "it is large"))
+        monkeypatch.setattr("drivetrain.run.make_component", lambda kind, name, where: f"{kind}:{name}")
+        run = SimpleNamespace(
+            single={"distributed": SimpleNamespace(plugin_name=f"strategy:{launcher}")},
+            config=SimpleNamespace(distributed="auto", mode_name="pretraining"),
+            given=SimpleNamespace(model=self.model()),
+            devices=SimpleNamespace(total_memory=1),
+            ctx=None,
+        )
+        assert Run._choose_strategy(run) == "it is large"  # type: ignore[arg-type]
+        assert run.single["distributed"] == "strategy:fsdp"
 
 
 class TestBlame:

@@ -36,9 +36,15 @@ class Periodic(Callback):
     every: str = option(default="1st")
 
 
-def train(samples: int = 8, callbacks: Any = (), **given: Any) -> dict[str, Any]:
+def versioned(version: str) -> Callback:
+    callback = Callback()
+    callback.origin = f"mine {version}"
+    return callback
+
+
+def train(samples: int = 8, callbacks: Any = (), width: int = 2, **given: Any) -> dict[str, Any]:
     torch.manual_seed(0)
-    model, rows = nn.Linear(2, 2), torch.arange(2.0 * samples).reshape(samples, 2)
+    model, rows = nn.Linear(2, width), torch.arange(2.0 * samples).reshape(samples, 2)
     config = TrainingConfig(standard_callbacks=False, max_duration="2ep", per_device_batch_size=2, eval_interval=None, **given)
     strategy = Averaging(timeout=30.0, setup_timeout=60.0)
     parts = {"strategy": strategy, "optimizer": torch.optim.SGD(model.parameters(), lr=0.01), "precision": Precision()}
@@ -66,6 +72,9 @@ def main(folder: Path) -> None:
     found["local"] = train(output_dir=folder / str(RANK))
     found["own callback"] = train(callbacks=[Callback()] if RANK == 0 else [])
     found["own period"] = train(callbacks=[Periodic(every=f"{RANK + 1}st")])
+    found["data"] = train(samples=8 + RANK)
+    found["model"] = train(width=2 + RANK)
+    found["callback's version"] = train(callbacks=[versioned(f"1.{RANK}")])
     found["one sample"] = train(samples=1)
     found["indivisible"] = train(global_batch_size=6)
     if RANK == 1:

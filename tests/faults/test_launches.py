@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +18,7 @@ import torch
 from drivetrain_checkpoint import read_checkpoint
 
 DRIVETRAIN = [sys.executable, "-m", "drivetrain_cli"]
-STEPS = 12
+STEPS, STEP = 12, itertools.count()
 CONFIG = f"""
 max_duration = "{STEPS}st"
 global_batch_size = 8
@@ -64,17 +64,13 @@ def ended(*processes: subprocess.Popen[str], code: int = 0) -> list[str]:
 
 def srun(words: list[str], folder: Path) -> list[subprocess.Popen[str]]:
     """Two tasks with the variables that srun sets."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
     common = {
-        "SLURM_JOB_ID": "4711",
-        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_ID": str(next(STEP)),
         "SLURM_NTASKS": "2",
         "SLURM_STEP_NODELIST": "127.0.0.1",
         "SLURM_STEP_TASKS_PER_NODE": "2",
         "SLURM_NODEID": "0",
-        "MASTER_PORT": port,  # by default it follows from the job's number
     }
     return [start([*DRIVETRAIN, *words], folder, **common, SLURM_PROCID=rank, SLURM_LOCALID=rank) for rank in ("0", "1")]
 

@@ -18,7 +18,7 @@ import attrs
 import torch
 
 from drivetrain import DrivetrainError
-from drivetrain.cluster import detect
+from drivetrain.cluster import Cluster, asked, detect
 from drivetrain.registry import CORE, Candidate, all_candidates, candidates, find
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # what foreign text could tell a terminal
@@ -115,15 +115,29 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _launch() -> Finding:
+def _launch() -> Iterator[Finding]:
+    """Which process this is and how that is known; then everybody who was asked, in order, and why it was not they."""
     try:
         found = detect()
     except DrivetrainError as error:
-        return Finding("launch environment", False, str(error), "unset the variables of the launcher that is not in use")
+        yield Finding("launch environment", False, str(error), "unset the variables of the launcher that is not in use")
+        return
     if found.launcher == "none":
-        return Finding("launch environment", True, "one process, no launcher")
-    place = f"{found.launcher}: rank {found.rank} of {found.world_size}, {found.local_rank} on this machine"
-    return Finding("launch environment", True, f"{place} (from {', '.join(found.evidence)})")
+        yield Finding("launch environment", True, "one process, no launcher")
+    else:
+        yield Finding("launch environment", True, f"{_place(found)} (from {', '.join(found.evidence)})")
+    said, known = [], False
+    for name, answer in asked(os.environ):
+        if isinstance(answer, str):
+            said.append(f"{name}: {answer}")
+        else:
+            said.append(f"{name}: {_place(answer)}, but an earlier one counts" if known else f"{name}: this one")
+            known = True
+    yield Finding("launchers in order", True, "; ".join(said))
+
+
+def _place(found: Cluster) -> str:
+    return f"{found.launcher}: rank {found.rank} of {found.world_size}, {found.local_rank} on this machine"
 
 
 def _plugins() -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from drivetrain import DrivetrainError
 from drivetrain_doctor import Doctor, Finding, checks, examine
 from drivetrain_testing import Check, conformance
 
@@ -92,6 +93,13 @@ def test_the_launch_environment_is_shown_with_its_evidence(site: Path, monkeypat
         monkeypatch.setenv(name, value)
     finding = found(site)["launch environment"]
     assert finding.text == "mpi: rank 1 of 2, 1 on this machine (from OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    order = found(site)["launchers in order"].text
+    assert order.startswith("torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; mpi: this one; slurm: SLURM_NTASKS")
+    for name, value in {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    order = found(site)["launchers in order"].text
+    assert order.endswith("slurm: slurm: rank 0 of 2, 0 on this machine, but an earlier one counts")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "7")
     finding = found(site)["launch environment"]
     assert not finding.ok and "contradicts itself" in finding.text and "unset" in finding.remedy
@@ -116,4 +124,19 @@ def test_the_command(site: Path, capsys: pytest.CaptureFixture[str], broken: boo
     rows = json.loads(capsys.readouterr().out)
     assert [row["check"] for row in rows if not row["ok"]] == (["empty (one)"] if broken else [])
     assert command.run(parser.parse_args(["--output-dir", str(site)])) == int(broken)
-    assert capsys.readouterr().out.endswith("1 of 8 failed\n" if broken else "all is well\n")
+    assert capsys.readouterr().out.endswith("1 of 9 failed\n" if broken else "all is well\n")
+
+
+def test_hang_is_read_by_the_watchdogs_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    arguments = argparse.Namespace(hang=tmp_path, json=False, output_dir=tmp_path)
+    monkeypatch.setattr("drivetrain_doctor.is_installed", lambda kind, name: False)
+    with pytest.raises(DrivetrainError, match="pip install drivetrain-watchdog"):
+        Doctor().run(arguments)
+
+    class Hang:
+        def run(self, given: argparse.Namespace) -> int:
+            return 1 if given.run_dir == tmp_path else 0
+
+    monkeypatch.setattr("drivetrain_doctor.is_installed", lambda kind, name: True)
+    monkeypatch.setattr("drivetrain_doctor.find", lambda kind, name: argparse.Namespace(load=lambda: Hang))
+    assert Doctor().run(arguments) == 1
