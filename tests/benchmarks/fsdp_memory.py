@@ -2,11 +2,17 @@
 
     torchrun --standalone --nproc-per-node 4 tests/benchmarks/fsdp_memory.py
 
-Trains a small GPT with AdamW by Trainer under fsdp, and looks, at every operation of every step, at which memory is in use: torch's
-FSDPMemTracker follows each tensor from its making to its end. What must be expected is stated beside it: a quarter of what one process
-has (4 bytes a parameter each for weight and gradient, 8 for AdamW), and the buffers of what is gathered at a time: the parameters that
-lie around the blocks, and of one block the parameters, the gradient and the copy of it that is being reduced. (On GPUs one more block's
-parameters, fetched ahead.)
+Trains a small GPT with AdamW by Trainer under fsdp, and the same model by a plain loop in one process. Everything is measured: the
+bytes of the tensors that stay between steps, the gradients as they are when the optimizer reads them; and at every operation of every
+step which memory is in use, by torch's FSDPMemTracker, which follows each tensor from its making to its end.
+
+What must be expected at most at once, on n processes, is
+
+    (parameters + gradients + optimizer state of one process) / n  +  A + 3 B
+
+A is the parameters that lie around the blocks, gathered as long as the model runs; B the parameters of one block: while its backward
+runs they are gathered (B), its whole gradient is there (B), and so is the copy of it that is being reduced (B). On GPUs the next
+block's parameters are fetched meanwhile, which makes it 4 B.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import torch
 from torch import nn
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-from drivetrain import Trainer, TrainingConfig
+from drivetrain import Callback, CallbackContext, Trainer, TrainingConfig
 from drivetrain_lm.model import GPT
 
 SIZES: dict[str, Any] = {"layers": 12, "heads": 4, "width": 128, "context": 32, "vocab_size": 256}
@@ -46,22 +52,39 @@ def nbytes(tensors: Any) -> int:
     return sum(getattr(t, "_local_tensor", t).nbytes for t in tensors)
 
 
-def persistent(trainer: Trainer) -> dict[str, int]:
-    """What stays between steps; gradients as they are when the optimizer reads them."""
-    parameters = list(trainer.ctx.model.parameters())
-    state = [v for entry in trainer.ctx.optimizer.state.values() for k, v in entry.items() if k != "step"]
-    return {"parameters": nbytes(parameters), "gradients": nbytes(parameters), "optimizer": nbytes(state)}
+class Gradients(Callback):
+    """Notes the bytes of all gradients when the optimizer is about to read them."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def on_clipped(self, ctx: CallbackContext) -> None:
+        self.nbytes = nbytes(p.grad for p in ctx.model.parameters() if p.grad is not None)
+
+
+def held(parameters: list[nn.Parameter], gradients: int, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """What stays between steps, in bytes."""
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return {"parameters": nbytes(parameters), "gradients": gradients, "optimizer": nbytes(state)}
+
+
+def data() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(0, 256, (64, 33), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row[:-1], "labels": row[1:]} for row in ids]
 
 
 def whole() -> dict[str, int]:
-    """What one process has, from the model's size."""
-    with torch.device("meta"):
-        size = sum(p.numel() for p in GPT(**SIZES).parameters()) * 4
-    return {"parameters": size, "gradients": size, "optimizer": 2 * size}
+    """What one process has after a step of a plain loop."""
+    model = GPT(**SIZES)
+    optimizer = torch.optim.AdamW(model.parameters())
+    found: Any = model(**{name: value[None] for name, value in data()[0].items()})
+    getattr(found, "total", found).backward()
+    optimizer.step()
+    return held(list(model.parameters()), nbytes(p.grad for p in model.parameters()), optimizer)
 
 
 def gathered() -> int:
-    """The buffers of what is gathered at a time, in bytes: see above."""
+    """A + 3 B, in bytes: see above."""
     with torch.device("meta"):
         model = GPT(**SIZES)
     block = sum(p.numel() for p in model.blocks[0].parameters()) * 4
@@ -69,12 +92,9 @@ def gathered() -> int:
     return around + 3 * block
 
 
-def train() -> tuple[Trainer, dict[str, int]]:
-    """A run of four steps, and the most it had in use at once, by sort."""
+def train() -> tuple[Trainer, dict[str, int], dict[str, int]]:
+    """A run of four steps, what stays between them, and the most that was in use at once, by sort."""
     torch.manual_seed(0)
-    model: nn.Module = GPT(**SIZES)
-    ids = torch.randint(0, 256, (64, 33))
-    rows = [{"input_ids": row[:-1], "labels": row[1:]} for row in ids]
     config = TrainingConfig(
         max_duration="4st",
         per_device_batch_size=1,
@@ -83,20 +103,22 @@ def train() -> tuple[Trainer, dict[str, int]]:
         standard_callbacks=False,
         distributed="fsdp",
     )
-    trainer = Trainer(model, config, rows)
+    gradients = Gradients()
+    trainer = Trainer(GPT(**SIZES), config, data(), callbacks=[gradients])
     tracker = Tracker(trainer.ctx.model, trainer.ctx.optimizer)
     with tracker:
         for _ in trainer.steps():
             tracker.reset_mod_stats()  # what it keeps for each module is for one step
-    return trainer, tracker.most
+    return trainer, held(list(trainer.ctx.model.parameters()), gradients.nbytes, trainer.ctx.optimizer), tracker.most
 
 
 def main(target: str | None) -> None:
-    trainer, most = train()
+    trainer, stays, most = train()
+    everywhere = trainer.ctx.strategy.gather((stays, sum(most.values())))
     ranks = trainer.ctx.strategy.world_size
-    stays, alone = persistent(trainer), whole()
     if not trainer.ctx.is_main:
         return
+    alone = whole()
     print(f"{'KiB':24}{'one process':>14}{f'/ {ranks}':>12}{'measured':>12}{'':>8}")
     total = sum(alone.values())
     lines = [(name, size, size / ranks, stays[name]) for name, size in alone.items()]
@@ -104,10 +126,11 @@ def main(target: str | None) -> None:
     lines += [("most at once", total, total / ranks + gathered(), sum(most.values()))]
     for name, one, expected, measured in lines:
         print(f"{name:24}{one / 1024:14.0f}{expected / 1024:12.0f}{measured / 1024:12.0f}{measured / expected:8.1%}")
-    print(f"of the most at once, {gathered() / 1024:.0f} KiB are expected for what is gathered")
+    print(f"of the most at once, A + 3 B = {gathered() / 1024:.0f} KiB are expected for what is gathered")
     if target is not None:
-        expected = {"stays": total / ranks, "most": total / ranks + gathered()}
-        Path(target).write_text(json.dumps({"expected": expected, "stays": sum(stays.values()), "most": sum(most.values())}))
+        expected = {name: size / ranks for name, size in alone.items()} | {"most": total / ranks + gathered()}
+        found = [{**one, "most": most_of_it} for one, most_of_it in everywhere]
+        Path(target).write_text(json.dumps({"expected": expected, "gathered": gathered(), "ranks": found}))
 
 
 if __name__ == "__main__":
