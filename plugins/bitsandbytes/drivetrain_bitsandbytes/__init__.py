@@ -55,8 +55,9 @@ class AdamW8bit(Optimizer8bit):
 class PagedAdamW8bit(AdamW8bit):
     """`adamw_8bit` whose state gives way to activations: in managed memory, which the driver moves to the host when the GPU is full.
 
-    Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, "Paged Optimizers". CUDA only; tensors under 100,000 elements are not
-    paged, nor is what a resumed run has read from its checkpoint. Meant for peaks: a state that never fits makes each step wait
+    Dettmers et al. 2023 (QLoRA, arXiv:2305.14314), section 3, "Paged Optimizers". CUDA only; tensors under 100,000 elements are
+    not paged, nor is what a resumed run has read from its checkpoint. Meant for peaks: a state that never fits makes each step
+    wait
     for the host's memory, and far too little memory can hang a GPU.
     """
 
@@ -109,8 +110,8 @@ class AdEMAMix8bit(Optimizer8bit):
     m1 ← β1·m1 + (1−β1)g, m2 ← β3·m2 + (1−β3)g, v ← β2·v + (1−β2)g²,
     θ ← θ(1 − ηλ) − η·(m1/(1−β1ᵗ) + α·m2)/(√(v/(1−β2ᵗ)) + ε). 3.05 bytes of state for each parameter instead of 12.
 
-    With `ramp`, α and β3 grow to their values over that many steps (equations 3 and 4 of the paper), which early steps need: set it
-    to the length of the run. Embeddings and small tensors keep a 32-bit state.
+    With `ramp`, α and β3 grow to their values over that many steps (equations 3 and 4 of the paper), which early steps need:
+    set it to the length of the run. Embeddings and small tensors keep a 32-bit state.
     """
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.AdEMAMix8bit
@@ -138,7 +139,7 @@ class PagedAdEMAMix8bit(AdEMAMix8bit):
 
 @component
 class SGD8bit(Optimizer8bit):
-    """Stochastic gradient descent with an 8-bit momentum (Sutskever et al. 2013): b ← μb + g + λθ, θ ← θ − ηb.
+    """Stochastic gradient descent with an 8-bit momentum (Sutskever et al. 2013, ICML, equations 1 and 2): b ← μb + g + λθ, θ ← θ − ηb.
 
     1.02 bytes of state for each parameter instead of 4. Embeddings and small tensors keep a 32-bit state.
     """

@@ -49,9 +49,9 @@ class Fp8Precision(Precision):
 class Fp8(Component):
     """Linear layers with 8-bit floating-point matrix products: inputs and weights in e4m3, gradients in e5m2, scaled on the fly.
 
-    Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433; scaling as torchao's `convert_to_float8_training`
-    does it. Parameters and optimizer state stay in float32, everything else computes as in `bf16`. Set `compile = true`: uncompiled,
-    scaling costs more than the products save. Small matrices become slower in any case.
+    Micikevicius et al. 2022, "FP8 Formats for Deep Learning", arXiv:2209.05433, table 1; scaling as torchao's
+    `convert_to_float8_training` does it. Parameters and optimizer state stay in float32, everything else computes as in `bf16`.
+    Set `compile = true`: uncompiled, scaling costs more than the products save. Small matrices become slower in any case.
     """
 
     kind: ClassVar[str] = "precision"

@@ -70,9 +70,10 @@ class Adam(FusibleOptimizer):
 
 @component
 class SGD(FusibleOptimizer):
-    """Stochastic gradient descent with momentum (Sutskever et al. 2013): b ← μb + (1−τ)(g + λθ), θ ← θ − ηb.
+    """Stochastic gradient descent with momentum: b ← μb + (1−τ)(g + λθ), θ ← θ − ηb.
 
-    μ is `momentum`, τ `dampening`; b is g + λθ in the first step. With `nesterov`, θ ← θ − η(g + λθ + μb).
+    Sutskever et al. 2013 (ICML, equations 1 to 4), whose velocity is −ηb: torch multiplies by the rate at the end. μ is
+    `momentum`, τ `dampening`; b is g + λθ in the first step. With `nesterov`, θ ← θ − η(g + λθ + μb).
     """
 
     lr: float = number(1e-2, LR_HELP)
@@ -89,14 +90,15 @@ class SGD(FusibleOptimizer):
 class Adafactor(TorchOptimizer):
     """Adafactor (Shazeer & Stern 2018, arXiv:1804.04235, algorithms 4 to 6): a row and a column of second moments for a matrix.
 
-    ρ = min(η, 1/√t), α = max(ε2, RMS(θ))·ρ, θ ← θ(1 − ηλ) − α·U/max(1, RMS(U)/d), with U = g/√V and V = R⊗C/mean(R), R and C
-    the averaged row and column means of g². Their averaging factor in step t is 1 − t^`beta2_decay`. No momentum.
+    ρ = min(η, 1/√t), α = max(ε2, RMS(θ))·ρ, θ ← θ(1 − ηλ) − α·U/max(1, RMS(U)/d), with U = g/√max(V, ε1²) and
+    V = R⊗C/max(mean(R), ε1), R and C the averaged row and column means of g². Their averaging factor in step t is
+    1 − t^`beta2_decay`. No momentum. The paper adds its ε1 (1e-30) to g² instead; torch has a lower limit, of another size.
     """
 
     lr: float = number(1e-2, "upper bound of the relative step size ρ; the schedule multiplies it")
     beta2_decay: float = option(default=-0.8, help="exponent of the second moments' averaging factor, not above 0")
     clip: float = option(default=1.0, help="largest root mean square of an update (d in the paper), at least 1")
-    eps1: float | None = option(default=None, help="smallest second moment; default: that of the parameters' type")
+    eps1: float | None = option(default=None, help="the least √V; default: the precision of the parameters' type (1.2e-7)")
     eps2: float = number(1e-3, "smallest parameter scale")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
@@ -113,9 +115,10 @@ class Adafactor(TorchOptimizer):
 
 @component
 class Adagrad(FusibleOptimizer):
-    """Adagrad (Duchi et al. 2011): v ← v + (g + λθ)², θ ← θ − η/(1 + (t−1)·lr_decay) · (g + λθ)/(√v + ε).
+    """Adagrad: v ← v + (g + λθ)², θ ← θ − η/(1 + (t−1)·lr_decay) · (g + λθ)/(√v + ε).
 
-    Takes sparse gradients, if nothing decays.
+    Duchi et al. 2011 (JMLR 12, 2121-2159), algorithm 1, with diagonal matrices and without a projection. Takes sparse
+    gradients, if nothing decays.
     """
 
     lr: float = number(1e-2, LR_HELP)
@@ -133,14 +136,15 @@ class Adagrad(FusibleOptimizer):
 class RMSprop(TorchOptimizer):
     """RMSprop (Hinton 2012, lecture 6e): v ← αv + (1−α)(g + λθ)², θ ← θ − η(g + λθ)/(√v + ε).
 
-    With `momentum`, the quotient is added up first, b ← μb + (g + λθ)/(√v + ε), and θ ← θ − ηb.
+    With `momentum`, the quotient is added up first, b ← μb + (g + λθ)/(√v + ε), and θ ← θ − ηb; `centered` is Graves 2013
+    (arXiv:1308.0850), equations 38 to 41.
     """
 
     lr: float = number(1e-2, LR_HELP)
     alpha: float = number(0.99, "averaging factor of the squared gradient", below=1.0)
     eps: float = number(1e-8, EPS_HELP)
     momentum: float = number(0.0, "factor of the earlier updates", below=1.0)
-    centered: bool = option(default=False, help="subtract the squared mean gradient from v (Graves 2013)")
+    centered: bool = option(default=False, help="subtract the squared mean gradient from v")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.RMSprop` over the parameters of `ctx.model`."""
@@ -151,9 +155,10 @@ class RMSprop(TorchOptimizer):
 
 @component
 class NAdam(TorchOptimizer):
-    """Adam with Nesterov momentum (Dozat 2016): θ ← θ − η·(μ₊m/(1−Πμ₊) + (1−μ)g/(1−Πμ))/(√v̂ + ε), μ = β1(1 − ½·0.96^(tψ)).
+    """Adam with Nesterov momentum: θ ← θ − η·(μ₊m/(1−Πμ₊) + (1−μ)g/(1−Πμ))/(√v̂ + ε), μ = β1(1 − ½·0.96^(tψ)).
 
-    m, v and v̂ are Adam's; μ₊ is the next step's μ, the products run up to it. ψ is `momentum_decay`.
+    Dozat 2016, "Incorporating Nesterov Momentum into Adam" (ICLR workshop), algorithm 2. m, v and v̂ are Adam's; μ₊ is the next
+    step's μ, the products run up to it. ψ is `momentum_decay`.
     """
 
     lr: float = number(2e-3, LR_HELP)

@@ -33,10 +33,28 @@ class Joined(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
-            part.step()
+            self._step(part)
         if len(self.state) != sum(len(part.state) for part in self._parts):
             self._gather()
         return loss
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether every part leaves an overflowing step out by itself, on the device: torch's protocol between the gradients' scaler
+        and fused optimizers, which then find `grad_scale` and `found_inf` as their attributes."""
+        return all(getattr(part, "_step_supports_amp_scaling", False) for part in self._parts)
+
+    def _step(self, part: Any) -> None:
+        given = {key: getattr(self, key) for key in ("grad_scale", "found_inf") if hasattr(self, key)}
+        if not given:
+            part.step()
+            return
+        vars(part).update(given)
+        try:
+            part.step()
+        finally:
+            for key in given:
+                delattr(part, key)
 
     def _gather(self) -> None:
         """Take groups and state, new or loaded, from the parts. The entries of the state are the parts' own."""

@@ -10,7 +10,7 @@ from drivetrain import CallbackContext, Component, ConfigError, Precision, Probl
 from drivetrain_precision.autocast import AutocastPrecision, ScaledPrecision
 from drivetrain_precision.double import DoublePrecision
 from drivetrain_precision.masters import SplitPrecision
-from drivetrain_precision.support import bf16_support, why_no_autocast
+from drivetrain_precision.support import bf16_support, fp16_is_fast, why_no_autocast
 
 __all__ = [
     "Auto",
@@ -35,7 +35,7 @@ def _full(name: str, reason: str) -> Precision:
 
 @component
 class Fp32(Component):
-    """Compute in the parameters' own type: no autocast, no scaling.
+    """Compute in the parameters' own type, as a rule binary32 of IEEE 754 (2019, table 3.5): no autocast, no scaling.
 
     Convolutions on NVIDIA GPUs keep torch's own setting, which is TF32 unless `torch.backends.cudnn.allow_tf32` is false.
     """
@@ -51,8 +51,9 @@ class Fp32(Component):
 class Tf32(Component):
     """Parameters and activations in float32, matrix products in TF32 (10 bits of mantissa) on NVIDIA GPUs from Ampere on.
 
-    The setting belongs to the process, and backward reads it as much as forward, so it is made when the run starts and put back
-    when it ends (`torch.set_float32_matmul_precision`). On every other device it changes nothing.
+    The format: NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020), figure 9. The setting belongs to the process, and
+    backward reads it as much as forward, so it is made when the run starts and put back when it ends
+    (`torch.set_float32_matmul_precision`). On every other device it changes nothing.
     """
 
     kind: ClassVar[str] = "precision"
@@ -94,7 +95,8 @@ def _bf16(device: torch.device, reason: str) -> Precision:
 class Bf16(Component):
     """Autocast to bfloat16: float32's range, 8 bits of mantissa, no loss scaling. Parameters and optimizer state stay float32.
 
-    Works on every device whose autocast knows bfloat16; where it is emulated it is slow, and `reason` says so.
+    The format, and training in it: Kalamkar et al. 2019, arXiv:1905.12322, section 3. Works on every device whose autocast
+    knows bfloat16; where it is emulated it is slow, and `reason` says so.
     """
 
     kind: ClassVar[str] = "precision"
@@ -115,13 +117,14 @@ class Bf16True(Component):
 
     A bfloat16 weight has 8 bits of mantissa: an update smaller than 1/512 of it is lost, and training stalls. Here the 16 bits
     that rounding cuts off are kept beside each weight, and for the time of the update the two are joined to the exact float32
-    weight, so any optimizer works as in float32 (the idea: modded-nanogpt, record 57). Only matrices are stored so; vectors stay
-    in float32. Autocast to bfloat16 for the rest, as in `bf16`.
+    weight, so any optimizer works as in float32. Sources: that updates are lost, Zamirai et al. 2020, arXiv:2010.06192, section
+    3; 16 bits beside each weight, "Split-SGD-BF16" of Kalamkar et al. 2020, arXiv:2005.04680, and modded-nanogpt, record 57.
+    Only matrices are stored so; vectors stay in float32. Autocast to bfloat16 for the rest, as in `bf16`.
 
-    Against `bf16`: weights and gradients take 6 bytes for each parameter instead of 8 while the model computes, and no copies are
-    cast in each forward; the update takes as much as with `bf16`. In steps of several microbatches gradients are float32, so that
-    their sum is exact; only on several processes they are added up in bfloat16. For strategies that leave a model its parameters
-    (one device, DDP); those that shard have a mixed precision of their own.
+    Against `bf16`: weights and gradients take 6 bytes for each parameter instead of 8 while the model computes, and no copies
+    are cast in each forward; the update takes as much as with `bf16`. In steps of several microbatches gradients are float32,
+    so that their sum is exact; only on several processes they are added up in bfloat16. For strategies that leave a model its
+    parameters (one device, DDP); those that shard have a mixed precision of their own.
     """
 
     kind: ClassVar[str] = "precision"
@@ -175,8 +178,9 @@ def _must_have_bf16(name: str, device: torch.device) -> None:
 
 @component
 class Fp64(Component):
-    """Parameters, buffers and inputs in float64: for checks of formulas, and where float32 is too coarse. Many times slower on GPUs.
+    """Parameters, buffers and inputs in float64, binary64 of IEEE 754 (2019, table 3.5).
 
+    For checks of formulas, and where float32 is too coarse. Many times slower on GPUs.
     Targets are left as they are; the loss takes the type of the outputs.
     """
 
@@ -209,7 +213,7 @@ def _above(low: float, below: float = float("inf")) -> Any:
 
 @component
 class Fp16(Component):
-    """Autocast to float16 with dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740); for GPUs without bfloat16.
+    """Autocast to float16 with dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2); for GPUs without bfloat16.
 
     A step whose gradients overflow is left out and counted in `ctx.skipped_steps`. Each step reads one value from the device.
     On most CPUs it works, for trying out, but is many times slower than fp32.
@@ -246,7 +250,8 @@ class Fp16(Component):
 
 @component
 class Auto(Component):
-    """bf16 where the device computes it in hardware, fp32 otherwise; `reason` says what was chosen and why.
+    """bf16 where the device computes it in hardware; else fp16 with loss scaling on NVIDIA GPUs that have matrix units for it (V100,
+    T4); else fp32. `reason` says what was chosen and why.
 
     Hardware means: NVIDIA GPUs of compute capability 8.0 and more, AMD GPUs under ROCm, Intel GPUs that say so, x86 CPUs with
     AVX512-BF16 or AMX, Arm CPUs for which oneDNN has bfloat16 kernels.
@@ -255,6 +260,10 @@ class Auto(Component):
     kind: ClassVar[str] = "precision"
 
     def make_precision(self, ctx: CallbackContext) -> Precision:
-        """bf16 or fp32 for `ctx.device`."""
+        """bf16, fp16 or fp32 for `ctx.device`."""
         native, why = bf16_support(ctx.device)
-        return _bf16(ctx.device, f"bf16: {why}") if native else _full("fp32", f"fp32: bf16 is {why}")
+        if native:
+            return _bf16(ctx.device, f"bf16: {why}")
+        if fp16_is_fast(ctx.device):
+            return ScaledPrecision(ctx.device, f"fp16 with dynamic loss scaling: bf16 is {why}, whose matrix units take fp16")
+        return _full("fp32", f"fp32: bf16 is {why}")

@@ -27,6 +27,14 @@ def bf16_support(device: torch.device) -> tuple[bool, str]:
     return native, f"{'native' if native else 'not native'} {where}"
 
 
+def fp16_is_fast(device: torch.device) -> bool:
+    """Whether `device` is an NVIDIA GPU with matrix units for float16: from Volta (V100, compute capability 7.0) and Turing (T4) on.
+
+    The GTX 16xx have 7.5 without such units, but float16 at twice float32's rate.
+    """
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
 def _cpu_has_bf16() -> bool:
     """AVX512-BF16 or AMX on x86; on Arm only where oneDNN was built with kernels that use the instructions."""
     if platform.machine().lower() in ("aarch64", "arm64"):

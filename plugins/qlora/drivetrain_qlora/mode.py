@@ -31,12 +31,12 @@ class QLoRA(Component):
 
     The linear layers, all but the head, are stored in NF4 with doubly quantized constants (4.127 bits a weight) and multiply in
     the run's precision, bf16 as a rule; embeddings and head are stored in that precision, norms in fp32. A LoRA adapter beside
-    each of them is all that is trained, and all that checkpoints hold: the base model is built and quantized anew on resume, and
-    must be the same. With `quantize = false` this is LoRA on the weights as they are; with `dora = true` it is DoRA. Any
+    each of them is all that is trained, and all that checkpoints hold: the base model is built and quantized anew on resume,
+    and must be the same. With `quantize = false` this is LoRA on the weights as they are; with `dora = true` it is DoRA. Any
     `nn.Module` will do.
 
-    Source: Dettmers et al. 2023 (arXiv:2305.14314); LoRA, Hu et al. 2021 (arXiv:2106.09685); DoRA, Liu et al. 2024
-    (arXiv:2402.09353).
+    Sources: Dettmers et al. 2023 (arXiv:2305.14314), section 3, equations 5 and 6; LoRA, Hu et al. 2021 (arXiv:2106.09685),
+    equation 3; DoRA, Liu et al. 2024 (arXiv:2402.09353), equation 5.
     """
 
     kind: ClassVar[str] = "mode"

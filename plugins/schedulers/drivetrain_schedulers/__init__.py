@@ -28,7 +28,10 @@ __all__ = [
 
 @component
 class Constant(ScheduleComponent):
-    """1 after the warm-up (transformers: `get_constant_schedule_with_warmup`)."""
+    """1 after the warm-up (transformers: `get_constant_schedule_with_warmup`).
+
+    The warm-up, which all schedules here share: Goyal et al. 2017, arXiv:1706.02677, section 2.2.
+    """
 
     def make_schedule(self, ctx: CallbackContext) -> Schedule:
         """The factor as a function of the position."""
@@ -37,7 +40,10 @@ class Constant(ScheduleComponent):
 
 @component
 class Linear(ScheduleComponent):
-    """r + (1 − r)(1 − p) (transformers: `get_linear_schedule_with_warmup`; torch: `LinearLR` from 1 to r)."""
+    """r + (1 − r)(1 − p) (transformers: `get_linear_schedule_with_warmup`; torch: `LinearLR` from 1 to r).
+
+    With a warm-up and r = 0: Devlin et al. 2019 (BERT, arXiv:1810.04805), appendix A.2.
+    """
 
     min_factor: float = min_factor()
 
@@ -95,7 +101,8 @@ class CosineWithRestarts(ScheduleComponent):
 class Polynomial(ScheduleComponent):
     """r + (1 − r)(1 − p)^k, where k is `power`.
 
-    transformers: `get_polynomial_decay_schedule_with_warmup`; torch: `PolynomialLR`.
+    The "poly" policy of Chen et al. 2017 (DeepLab, arXiv:1606.00915), section 4.1, there with k = 0.9 and r = 0. transformers:
+    `get_polynomial_decay_schedule_with_warmup`; torch: `PolynomialLR`.
     """
 
     power: float = option(default=1.0, help="exponent; above 1 falls fast at first", validator=between(0.0, above=True))
@@ -182,8 +189,9 @@ class InverseSqrt(ScheduleComponent):
 class OneCycle(ScheduleComponent):
     """Up from 1/`div_factor` to 1 over `warmup`, then down to 1/(`div_factor`·`final_div_factor`), along half cosines or lines.
 
-    Smith & Topin 2018, arXiv:1708.07120. The optimizer's `lr` is the largest rate (torch: `OneCycleLR` with `total_steps` = T);
-    as there, in steps the peak is at step w − 1 and the end at T − 1, the last step. The momentum stays as it is.
+    Smith & Topin 2018, arXiv:1708.07120, section 3. The optimizer's `lr` is the largest rate (torch: `OneCycleLR` with
+    `total_steps` = T); as there, in steps the peak is at step w − 1 and the end at T − 1, the last step. The momentum stays as
+    it is.
     """
 
     warmup: Duration | float = length(0.3, "length of the rise (torch: pct_start)")

@@ -128,10 +128,10 @@ def adafactor(x: Tensor, g: Tensor, t: int, memory: dict[str, Any], o: dict[str,
     if x.ndim == 2:
         memory["r"] = keep * memory.get("r", 0.0) + (1 - keep) * square.mean(1, keepdim=True)
         memory["c"] = keep * memory.get("c", 0.0) + (1 - keep) * square.mean(0, keepdim=True)
-        v = memory["r"] @ memory["c"] / memory["r"].mean()
+        v = memory["r"] @ memory["c"] / max(memory["r"].mean().item(), o["eps1"])
     else:
         v = memory["v"] = keep * memory.get("v", 0.0) + (1 - keep) * square
-    update = g / v.sqrt()
+    update = g / v.clamp(min=o["eps1"] ** 2).sqrt()
     update = update / max(1.0, update.square().mean().sqrt().item() / o["clip"])
     return x * (1 - o["lr"] * o["weight_decay"]) - scale * update
 
@@ -141,7 +141,17 @@ DEFAULTS: dict[str, tuple[Reference, dict[str, Any]]] = {
     "adamw": (adamw, ADAM | {"lr": 1e-3, "weight_decay": 0.01}),
     "adam": (adam, ADAM | {"lr": 1e-3, "weight_decay": 0.0}),
     "sgd": (sgd, {"lr": 1e-2, "weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}),
-    "adafactor": (adafactor, {"lr": 1e-2, "weight_decay": 0.0, "beta2_decay": -0.8, "clip": 1.0, "eps2": 1e-3}),
+    "adafactor": (
+        adafactor,
+        {
+            "lr": 1e-2,
+            "weight_decay": 0.0,
+            "beta2_decay": -0.8,
+            "clip": 1.0,
+            "eps1": torch.finfo(torch.float64).eps,
+            "eps2": 1e-3,
+        },
+    ),
     "adagrad": (adagrad, {"lr": 1e-2, "weight_decay": 0.0, "lr_decay": 0.0, "initial_accumulator": 0.0, "eps": 1e-10}),
     "rmsprop": (rmsprop, {"lr": 1e-2, "weight_decay": 0.0, "alpha": 0.99, "eps": 1e-8, "momentum": 0.0, "centered": False}),
     "nadam": (nadam, ADAM | {"lr": 2e-3, "weight_decay": 0.0, "momentum_decay": 4e-3, "decoupled_weight_decay": False}),
@@ -156,6 +166,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("sgd", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     ("sgd", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     ("adafactor", {"lr": 0.1, "beta2_decay": -0.5, "clip": 1.5, "eps2": 1.5}),
+    ("adafactor", {"lr": 0.1, "eps1": 0.9, "clip": 1.5}),
     ("adagrad", {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator": 0.5}),
     ("rmsprop", {"momentum": 0.9, "centered": True, "alpha": 0.9}),
     ("nadam", {"lr": 0.05, "weight_decay": 0.1, "decoupled_weight_decay": True, "momentum_decay": 0.1}),

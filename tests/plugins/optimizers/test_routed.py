@@ -319,3 +319,28 @@ def test_a_closure_is_called_once_and_its_loss_returned() -> None:
 
     assert make(SPEC, model).step(closure).item() > 0
     assert calls == [1]
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_parts_that_are_all_fused_leave_an_overflow_out_by_themselves(overflow: bool) -> None:
+    """By torch's protocol with its scaler of gradients: nothing is read from the device before the parts have been called."""
+    one, two = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    joined = Joined([torch.optim.AdamW([one], lr=0.1, fused=True), torch.optim.SGD([two], lr=0.1, fused=True)])
+    assert joined._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for parameter in (one, two):
+        parameter.grad = torch.full((3,), 4.0)
+    if overflow:
+        two.grad[1] = float("inf")  # type: ignore[index]
+    scaler.unscale_(joined)
+    scaler.step(joined)
+    scaler.update()
+    assert (one.tolist() == two.tolist() == [1.0] * 3) is overflow
+    assert scaler.get_scale() == (2.0 if overflow else 4.0)
+    assert not any(hasattr(part, "found_inf") for part in joined._parts)
+
+
+def test_one_part_that_is_not_fused_and_the_scaler_looks_first() -> None:
+    one, two = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    assert not Joined([torch.optim.AdamW([one], fused=True), torch.optim.SGD([two], lr=0.1)])._step_supports_amp_scaling

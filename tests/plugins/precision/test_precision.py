@@ -398,6 +398,20 @@ def test_nvidia_gpus_have_bf16_from_ampere_on(
     assert f"{capability[0]}.{capability[1]}" in why
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch has no CUDA here, and says so
+@pytest.mark.parametrize(
+    ("capability", "name"), [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+)
+def test_auto_takes_fp16_on_gpus_with_matrix_units_for_it_but_none_for_bf16(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    pretend_cuda(monkeypatch, capability)
+    precision = Auto().make_precision(context("cuda"))
+    assert precision.name == name
+    assert precision.reason.startswith(name)
+    assert isinstance(precision, ScaledPrecision) is (name == "fp16")
+
+
 @pytest.mark.parametrize("device", ["mps", "meta"])
 def test_auto_stays_with_fp32_where_bf16_is_not_known_to_be_native(device: str) -> None:
     precision = Auto().make_precision(context(device))
