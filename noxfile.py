@@ -125,6 +125,22 @@ def trials(session: nox.Session) -> None:
 
 
 @nox.session
+def benchmarks(session: nox.Session) -> None:
+    """Time against loops by hand and other trainers, in turns; JSON, tables and plots in benchmarks/. Wants an idle machine.
+
+    `-- --toy` tries everything in minutes. On a machine with a GPU the models of published shapes come too.
+    """
+    session.install("-r", "requirements.txt", "-c", "constraints.txt", "-r", "tests/benchmarks/peers/requirements.txt")
+    for part in ("engines", "start", "dispatch", "ranks"):
+        session.run("python", f"tests/benchmarks/speed/{part}.py", *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+    for script in ("callbacks", "checkpoint_stall"):
+        if "--toy" not in session.posargs:
+            session.run("python", f"tests/benchmarks/{script}.py")
+    if "--toy" in session.posargs or shutil.which("nvidia-smi"):
+        session.run("python", "tests/benchmarks/speed/gpu.py", *session.posargs)
+
+
+@nox.session
 def browser(session: nox.Session) -> None:
     """Open a report in Chromium: hover, zoom, switch runs, print. CHROMIUM names the program when it is not found by itself."""
     session.install("-r", "requirements.txt")

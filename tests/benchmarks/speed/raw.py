@@ -35,6 +35,11 @@ def tuned(task: Task) -> Timed:
     """Fused AdamW, lists of parameters made once, whole batches by index, the rate written as a number."""
     task = replace(task, best=True)
     model, loss = build(task)
+    model.to(task.device)
+    if task.compiled:
+        for block in getattr(model, "blocks", [model]):
+            block.compile()
+    autocast = torch.autocast(task.device, torch.bfloat16, enabled=task.bf16)
     made = optimizer(model, task)
     parameters, group = list(model.parameters()), made.param_groups[0]
     tensors = data(task).tensors
@@ -44,8 +49,12 @@ def tuned(task: Task) -> Timed:
     while step < task.steps:
         for indices in torch.randperm(len(tensors[0]), generator=generator)[:size].split(task.batch):
             x, y = (tensor[indices] for tensor in tensors)
+            if task.device != "cpu":
+                x, y = (tensor.pin_memory().to(task.device, non_blocking=True) for tensor in (x, y))
             group["lr"] = task.lr * (1 - step / task.steps)
-            loss(model(x), y).backward()
+            with autocast:
+                value = loss(model(x), y)
+            value.backward()
             nn.utils.clip_grad_norm_(parameters, task.max_norm, foreach=True)
             made.step()
             for parameter in parameters:

@@ -38,7 +38,7 @@ def save(folder: Path, name: str, result: dict[str, Any]) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     """One table, the fastest first, and what it was measured with."""
-    rows, gpt = result["rows"], result["task"]["model"] == "gpt"
+    rows, gpt = result["rows"], result["task"]["model"] != "mlp"
     unit = "tokens/s" if gpt else "µs/step"
     head = ["", unit, "× tuned loop", "quartiles", "held-out loss" if gpt else "Python calls/step"]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]

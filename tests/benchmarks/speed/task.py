@@ -27,7 +27,7 @@ class Task:
     """One training.
 
     Attributes:
-        model: "mlp" (32-32-1) or "gpt".
+        model: "mlp" (32-32-1), "gpt" (GPT-2's layout) or "llama" (RMSNorm, rotary positions, SwiGLU, 8 heads of keys and values).
         best: the engine's best documented settings, equal for all; else what it does by itself.
         steps: optimizer updates, of which the first `warmup` are not timed.
         folder: where an engine may write.
@@ -46,12 +46,16 @@ class Task:
     width: int = 256
     heads: int = 4
     context: int = 128
+    vocabulary: int = VOCABULARY
+    device: str = "cpu"
+    bf16: bool = False
+    compiled: bool = False
     folder: str = "."
 
     @property
     def per_step(self) -> int:
         """Samples of a step, or its tokens."""
-        return self.batch * (self.context if self.model == "gpt" else 1)
+        return self.batch * (1 if self.model == "mlp" else self.context)
 
 
 class Timed(nn.Module):
@@ -65,10 +69,15 @@ class Timed(nn.Module):
     def tick(self) -> None:
         """A training forward begins."""
         if self.passes == self.begins:
-            self.began = time.perf_counter()
+            self.began = self._now()
         elif self.passes == self.ends:
-            self.ended = time.perf_counter()
+            self.ended = self._now()
         self.passes += 1
+
+    def _now(self) -> float:
+        if next(self.parameters()).is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     @property
     def seconds_per_step(self) -> float:
@@ -109,14 +118,51 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Gpt(Timed):
-    """A small GPT over bytes, GPT-2's layout."""
+class LlamaBlock(nn.Module):
+    """Llama's: RMSNorm, rotary positions, grouped heads, SwiGLU."""
 
-    def __init__(self, task: Task, vocabulary: int = VOCABULARY) -> None:
+    def __init__(self, width: int, heads: int, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = heads, groups, width // heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.qkv = nn.Linear(width, (heads + 2 * groups) * self.size, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.gate_up, self.down = nn.Linear(width, 8 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, time, width] to the same."""
+        batch, length, width = x.shape
+        heads = self.qkv(self.norm1(x)).view(batch, length, -1, self.size).transpose(1, 2)
+        q, k, v = heads.split((self.heads, self.groups, self.groups), dim=1)
+        angles = torch.outer(
+            torch.arange(length, device=x.device), 10_000 ** -torch.linspace(0, 1, self.size // 2, device=x.device)
+        )
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mixed = F.scaled_dot_product_attention(_turn(q, cos, sin), _turn(k, cos, sin), v, is_causal=True, enable_gqa=True)
+        x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class Gpt(Timed):
+    """A language model: over bytes for a CPU, of published shapes for a GPU."""
+
+    def __init__(self, task: Task) -> None:
         super().__init__(task)
-        self.tokens, self.positions = nn.Embedding(vocabulary, task.width), nn.Embedding(task.context, task.width)
-        self.blocks = nn.ModuleList(Block(task.width, task.heads) for _ in range(task.layers))
-        self.norm, self.head = nn.LayerNorm(task.width), nn.Linear(task.width, vocabulary, bias=False)
+        llama = task.model == "llama"
+        self.tokens = nn.Embedding(task.vocabulary, task.width)
+        self.positions = None if llama else nn.Embedding(task.context, task.width)
+        self.blocks = nn.ModuleList(
+            LlamaBlock(task.width, task.heads, min(8, task.heads)) if llama else Block(task.width, task.heads)
+            for _ in range(task.layers)
+        )
+        self.norm = nn.RMSNorm(task.width) if llama else nn.LayerNorm(task.width)
+        self.head = nn.Linear(task.width, task.vocabulary, bias=False)
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -125,7 +171,9 @@ class Gpt(Timed):
         """Ids [batch, time] to logits [batch, time, vocabulary]."""
         if self.training:
             self.tick()
-        hidden = self.tokens(x) + self.positions(torch.arange(x.shape[1], device=x.device))
+        hidden = self.tokens(x)
+        if self.positions is not None:
+            hidden = hidden + self.positions(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             hidden = block(hidden)
         logits: Tensor = self.head(self.norm(hidden))
@@ -139,7 +187,7 @@ def mse(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Mean over tokens, in nats."""
-    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    return F.cross_entropy(outputs.flatten(0, 1).float(), targets.flatten())
 
 
 def build(task: Task) -> tuple[Timed, Any]:
@@ -162,7 +210,11 @@ def data(task: Task, held_out: bool = False) -> TensorDataset:
         generator = torch.Generator().manual_seed(1 + held_out)
         x = torch.randn(task.batch * 256, 32, generator=generator)
         return TensorDataset(x, x[:, :4].sin().sum(1, keepdim=True))
-    rows = text().unfold(0, task.context + 1, task.context)
+    if task.vocabulary != VOCABULARY:  # of published shapes only the speed is asked
+        generator = torch.Generator().manual_seed(1 + held_out)
+        rows = torch.randint(task.vocabulary, (task.batch * 64 + 64, task.context + 1), generator=generator)
+    else:
+        rows = text().unfold(0, task.context + 1, task.context)
     rows = rows[-64:] if held_out else rows[:-64]
     return TensorDataset(rows[:, :-1].clone(), rows[:, 1:].clone())
 
@@ -190,7 +242,8 @@ def loader(task: Task) -> Any:
     generator = torch.Generator().manual_seed(task.seed)
     given: dict[str, Any] = {"batch_size": task.batch, "shuffle": True, "generator": generator, "drop_last": True}
     if task.best:
-        return torch.utils.data.DataLoader(Whole(data(task).tensors), collate_fn=whole, **given)
+        pinned = task.device != "cpu"
+        return torch.utils.data.DataLoader(Whole(data(task).tensors), collate_fn=whole, pin_memory=pinned, **given)
     return torch.utils.data.DataLoader(data(task), **given)
 
 
@@ -208,6 +261,7 @@ def schedule(optimizer: torch.optim.Optimizer, task: Task) -> torch.optim.lr_sch
 @torch.no_grad()
 def held_out_loss(model: nn.Module, loss: Any, task: Task) -> float:
     """In fp32, whatever the model was trained in."""
-    x, y = data(task, held_out=True).tensors
+    count = 64 if task.vocabulary == VOCABULARY else 2
+    x, y = (tensor[:count].to(task.device) for tensor in data(task, held_out=True).tensors)
     model.eval()
-    return float(loss(model.float()(x[:64]), y[:64]))
+    return float(loss(model.float()(x), y))

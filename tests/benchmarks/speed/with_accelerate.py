@@ -11,7 +11,10 @@ DISTRIBUTIONS = ("accelerate",)
 def train(task: Task) -> Timed:
     """The loop is the user's, its parts are Accelerate's."""
     built, loss = build(task)
-    accelerator = Accelerator(cpu=True)
+    if task.compiled:
+        for block in getattr(built, "blocks", [built]):
+            block.compile()
+    accelerator = Accelerator(cpu=task.device == "cpu", mixed_precision="bf16" if task.bf16 else "no")
     made = optimizer(built, task)
     model, made, rows, rate = accelerator.prepare(built, made, loader(task), schedule(made, task))
     step = 0

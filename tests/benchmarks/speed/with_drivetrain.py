@@ -29,12 +29,18 @@ def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
         "max_grad_norm": task.max_norm,
         "output_dir": task.folder,
         "resume": "never",
-        "device": "cpu",
+        "device": task.device,
+        "compile": task.compiled,
     }
     adamw: dict[str, Any] = {"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay}
     if task.best:
         interval = f"{50 if callbacks else task.steps}st"
-        common |= {"precision": "fp32", "standard_callbacks": False, "callbacks": callbacks or [], "log_interval": interval}
+        common |= {
+            "precision": "bf16" if task.bf16 else "fp32",
+            "standard_callbacks": False,
+            "callbacks": callbacks or [],
+            "log_interval": interval,
+        }
         adamw["decay"] = "all"  # one group of parameters, as everybody else has
     config = TrainingConfig(optimizer=adamw, **common)
     Trainer(model, config, data(task), loss=loss).train()

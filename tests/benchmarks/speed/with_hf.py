@@ -43,7 +43,9 @@ def train(task: Task) -> Timed:
         max_grad_norm=task.max_norm,
         remove_unused_columns=False,
         dataloader_drop_last=True,
-        use_cpu=True,
+        use_cpu=task.device == "cpu",
+        bf16=task.bf16,
+        torch_compile=task.compiled,
         seed=task.seed,
         **(best if task.best else {}),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -31,7 +32,8 @@ class Module(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer, its schedule counted in steps."""
-        made = optimizer(self, self.task)
+        refused = self.task.bf16  # in mixed precision Lightning does not clip for a fused optimizer
+        made = optimizer(self, replace(self.task, best=False) if refused else self.task)
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule(made, self.task), "interval": "step"}}
 
 
@@ -42,7 +44,8 @@ def train(task: Task) -> Timed:
     trainer = lightning.Trainer(
         max_steps=task.steps,
         max_epochs=-1,
-        accelerator="cpu",
+        accelerator="cpu" if task.device == "cpu" else "gpu",
+        precision="bf16-mixed" if task.bf16 else "32-true",
         devices=1,
         gradient_clip_val=task.max_norm,
         default_root_dir=task.folder,
@@ -50,5 +53,8 @@ def train(task: Task) -> Timed:
         **quiet,
     )
     module = Module(task)
+    if task.compiled:
+        for block in getattr(module.net, "blocks", [module.net]):
+            block.compile()
     trainer.fit(module, loader(task))
     return module.net

@@ -43,13 +43,19 @@ def answer(train: Callable[[Task], Timed], given: dict[str, Any]) -> dict[str, A
             calls = [calls_of(train, Task(**{**given, "steps": steps, "folder": folder})) for steps in (300, 600)]
             return {"calls_per_step": (calls[1] - calls[0]) / 300}
         task = Task(**given, folder=folder)
+        if task.device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         model = train(task)
         whole = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated() if task.device != "cpu" else None
         loss = held_out_loss(model, build(task)[1], task)
         shutil.rmtree(folder, ignore_errors=True)
         os.mkdir(folder)
-    return {"seconds_per_step": model.seconds_per_step, "seconds": whole, "loss": loss, "passes": model.passes}
+    size = sum(p.numel() for p in model.parameters())
+    found = {"seconds_per_step": model.seconds_per_step, "seconds": whole, "loss": loss, "passes": model.passes}
+    return found | {"parameters": size, "peak_bytes": peak}
 
 
 def calls_of(train: Callable[[Task], Timed], task: Task) -> int:

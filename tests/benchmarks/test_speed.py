@@ -1,0 +1,66 @@
+"""The scripts that compare engines: that all train the same steps, and the arithmetic of their tables."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SPEED = Path(__file__).with_name("speed")
+
+
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SPEED))
+    kept = set(sys.modules)
+    yield lambda name: importlib.import_module(name)
+    for name in set(sys.modules) - kept:
+        if str(SPEED) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def test_ratios_are_of_turns_side_by_side(speed: Any) -> None:
+    task = speed("task").Task(model="mlp", batch=10)
+    turns = lambda *seconds: [{"seconds_per_step": s, "loss": 1.0} for s in seconds]  # noqa: E731
+    found = speed("engines").summary(turns(2.0, 30.0, 4.0), turns(1.0, 10.0, 4.0), task)
+    assert found["ratio"] == 2.0 and found["quartiles"] == [1.0, 3.0]
+    assert found["us_per_step"] == 4e6 and found["per_second"] == 2.5
+
+
+def test_flops_are_counted_as_llm_c_does(speed: Any) -> None:
+    """GPT-2 124M with 1,024 tokens: 6 N + 12 L d T = 0.86 GFLOP for a token, N without the position table."""
+    gpu = speed("gpu")
+    task = gpu.SHAPES["gpt2-124m"]
+    tied = 124_475_904  # what llm.c counts, head and embedding being one matrix of 50,304 rows
+    untied = tied + 50_304 * 768
+    assert gpu.flops_per_token(untied, task) / 1e9 == pytest.approx(0.86, abs=0.01)
+
+
+@pytest.mark.slow
+def test_loops_and_engine_train_alike(tmp_path: Path) -> None:
+    """Each in its process, as in the real measurement; without the peers, which are not installed here."""
+    names = ["raw, textbook", "drivetrain", "drivetrain, watched"]
+    command = [sys.executable, str(SPEED / "engines.py"), "--toy", "--out", str(tmp_path), "--engines", *names]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    for part in ("mlp", "gpt", "gpt-defaults"):
+        rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
+        losses = [row["loss"] for row in rows.values()]
+        assert max(losses) - min(losses) < 0.2 * max(losses)
+        assert (tmp_path / f"{part}.png").stat().st_size > 5000
+    assert rows.keys() >= {"raw, tuned", "drivetrain"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dispatch.py", "start.py", "ranks.py"])
+def test_the_other_scripts_run(script: str, tmp_path: Path) -> None:
+    more = ["--strategies", "ddp", "fsdp"] if script == "ranks.py" else []
+    command = [sys.executable, str(SPEED / script), "--toy", "--out", str(tmp_path), *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("|") > 10
+    assert json.loads((tmp_path / f"{script[:-3]}.json").read_text())["environment"]["torch"]
