@@ -65,13 +65,13 @@ class EmaCallback(Callback):
     # -- state -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages by name, and the weights if the averages are in their place; whole tensors, on rank 0 if sharded."""
+        """The averages by name, and the weights if the averages are in their place; of a sharded model, this rank's parts."""
         if self._saved is not None:
             return dict(self._saved)
         return {
             "updates": self.updates,
-            "averages": None if self._averages is None else self._averages.gathered(self._ctx),
-            "weights": None if self._weights is None else self._weights.gathered(self._ctx),
+            "averages": None if self._averages is None else self._averages.by_name(),
+            "weights": None if self._weights is None else self._weights.by_name(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -205,13 +205,12 @@ class _Values:
         """Give the model these values; narrower weights get them rounded."""
         torch._foreach_copy_([_local(source) for source in self.sources], self._local)
 
-    def gathered(self, ctx: CallbackContext) -> dict[str, Any]:
-        """The tensors by name as one process would have them: the strategy treats them like an optimizer's state."""
-        state = ctx.strategy.optimizer_state(ctx.model, cast(Any, self))
-        return {name: state["state"][i]["value"] for i, name in enumerate(self.names)} if state else {}
+    def by_name(self) -> dict[str, Tensor]:
+        """The tensors by their names in the model; nothing is copied or gathered."""
+        return dict(zip(self.names, self.copies, strict=True))
 
     def load(self, ctx: CallbackContext, saved: Mapping[str, Tensor]) -> None:
-        """Take back what `gathered` gave.
+        """Take back what `by_name` gave, of this or another strategy.
 
         Raises:
             PluginError: when it is of another model.
