@@ -204,6 +204,49 @@ def all_imports(folder: str) -> list[Import]:
     return [found for path in sorted(package(folder).rglob("*.py")) for found in imports_of(path)]
 
 
+class TestConformance:
+    """Every plugin of ours is held to the kit: a class or function that an entry point names is an argument of some `@conformance`."""
+
+    @pytest.mark.parametrize("folder", [*PLUGINS, *CONTRIB])
+    def test_the_kit_checks_every_entry_point(self, folder: str) -> None:
+        given = set().union(*map(given_to_the_kit, (ROOT / "tests" / folder).glob("test_*.py")))
+        points = project(folder)["project"].get("entry-points", {})
+        missing = [
+            f"{group.removeprefix('drivetrain.')}:{name}"
+            for group, entries in points.items()
+            if group.startswith("drivetrain.")
+            for name, target in entries.items()
+            if not {target.rpartition(":")[2], f"use {name}"} & given
+        ]
+        assert not missing, f"write @conformance(…) for {', '.join(missing)} in tests/{folder}"
+
+    def test_one_that_is_left_out_is_noticed(self, tmp_path: Path) -> None:
+        page = tmp_path / "test_x.py"
+        page.write_text("SPECS = [{'use': 'sgd'}]\n@conformance(Lion(), make(SPECS[0]))\ndef test(): Sophia()\n")
+        assert given_to_the_kit(page) & {"Lion", "Sophia", "use sgd", "use lion"} == {"Lion", "use sgd"}
+
+
+def given_to_the_kit(path: Path) -> set[str]:
+    """The names in the arguments of a file's `@conformance(…)`, and what they name as {"use": name}, also through a constant."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    constants = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        if isinstance(target, ast.Name)
+    }
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "conformance"]
+    seen = [inner for call in calls for argument in call.args for inner in ast.walk(argument)]
+    seen += [inner for n in list(seen) if isinstance(n, ast.Name) and n.id in constants for inner in ast.walk(constants[n.id])]
+    tables = [n for n in seen if isinstance(n, ast.Dict)]
+    pairs = [pair for table in tables for pair in zip(table.keys, table.values, strict=True)]
+    uses = {
+        f"use {v.value}" for k, v in pairs if isinstance(k, ast.Constant) and k.value == "use" and isinstance(v, ast.Constant)
+    }
+    return {n.id for n in seen if isinstance(n, ast.Name)} | uses
+
+
 class TestLayers:
     def test_the_cores_modules_import_one_way(self) -> None:
         level = {name: index for index, line in enumerate(LAYERS.strip().splitlines()) for name in line.split()}

@@ -24,6 +24,7 @@ _CHECKS: dict[str, tuple[tuple[str, ...], CheckFunction]] = {}
 _PROCESSES: set[str] = set()  # checks that start some, and take seconds
 COMPONENTS = ("optimizer", "scheduler", "precision", "strategy", "callback", "tracker", "mode", "model", "dataset")
 ORDINARY = tuple(kind for kind in COMPONENTS if kind != "dataset")  # kinds that take part in every step
+_STATIC = ("drivetrain_testing.checks.options", "drivetrain_testing.checks.metadata")  # what needs no run
 _MODULES = ("options", "metadata", "runs", "steps", "optimizers", "parts", "strategies", "others")
 
 
@@ -105,6 +106,7 @@ def conformance(
     kind: str | None = None,
     unsupported: Mapping[str, str] | None = None,
     processes: pytest.MarkDecorator | None = None,
+    unavailable: str | None = None,
     **setting: Any,
 ) -> pytest.MarkDecorator:
     """Parametrise a test with every check that applies, each with an id of its own:
@@ -118,6 +120,7 @@ def conformance(
         kind: their kind, where it does not show.
         unsupported: checks that the plugin does not pass, with the reason; one that passes after all fails, so that what is
             said here stays true, and so does one that ends in anything but its own verdict.
+        unavailable: why no run can be had here, such as "needs a GPU": checks other than those of options and metadata are skipped.
         processes: a mark of your own for checks that start processes and take seconds, to leave them out of a quick suite.
         setting: what the checks need, see `Subject`.
     """
@@ -130,6 +133,7 @@ def conformance(
     rows = []
     for one in every:
         marks = [pytest.mark.xfail(reason=stated[one.name], strict=True, raises=ConformanceError)] if one.name in stated else []
+        marks += [pytest.mark.skip(reason=unavailable)] if unavailable and one.function.__module__ not in _STATIC else []
         marks += [processes] if processes is not None and one.name in _PROCESSES else []
         rows.append(pytest.param(one, id=one.name if len(things) == 1 else f"{one.subject.name}-{one.name}", marks=marks))
     return pytest.mark.parametrize("check", rows)

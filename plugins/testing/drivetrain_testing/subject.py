@@ -43,6 +43,7 @@ class Subject:
         environment: for the kind `cluster`: variables as the launcher sets them.
         budget: for callbacks, trackers and schedulers: how many calls of Python an ordinary step may cost.
         allow: distributions whose plugins this one may name.
+        device: where its runs compute.
     """
 
     thing: Any
@@ -53,6 +54,7 @@ class Subject:
     environment: Mapping[str, str] = attrs.field(factory=dict)
     budget: int = 200
     allow: tuple[str, ...] = ()
+    device: str = "cpu"
 
     @property
     def cls(self) -> type:
@@ -138,7 +140,7 @@ class Subject:
 
     def _trainer(self, thing: Any, callbacks: tuple[Any, ...], given: dict[str, Any]) -> Trainer:
         given = {"steps": 8, "log_interval": f"{_NEVER}st", "model": self.model and self.model(), "loss": self.loss} | given
-        given = {"resume": "never", "output_dir": self.folder, "eval_interval": f"{_NEVER}st"} | given
+        given = {"device": self.device, "resume": "never", "output_dir": self.folder, "eval_interval": f"{_NEVER}st"} | given
         if self.data is not None:
             given = {"train_dataset": self.data(), "eval_dataset": self.data()} | given
         elif self.kind != "dataset":

@@ -177,7 +177,8 @@ class PretendedRanks(Strategy):
         self.found: list[str] = []
 
     def sum(self, value: Tensor) -> Tensor:
-        self.found.append(f"sum at {where()}")
+        if sys._getframe(1).f_globals.get("__name__") != "drivetrain.loop":  # which adds up the weights of a `Loss`
+            self.found.append(f"sum at {where()}")
         return value * 2
 
     def gather(self, value: T) -> list[T]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, CallbackContext, Trainer, component, hook
+from drivetrain import Callback, CallbackContext, DrivetrainError, Trainer, component, hook
 from drivetrain.hookspecs import HOOKS
 from drivetrain_testing.harness import Restore, difference, final_state, state_after, tiny_data, weights
 from drivetrain_testing.kit import COMPONENTS, check
@@ -314,12 +314,15 @@ def _strategy(subject: Subject) -> dict[str, Any]:
 
 
 def _dtype(subject: Subject) -> torch.dtype:
-    """float64, in which rounding cannot decide a sign, where the kit chooses the model."""
-    return (
-        torch.float64
-        if subject.model is None and subject.kind not in ("precision", "mode", "model", "dataset")
-        else torch.float32
-    )
+    """float64, in which rounding cannot decide a sign, where the kit chooses the model and the plugin takes that."""
+    if subject.model is not None or subject.kind in ("precision", "mode", "model", "dataset"):
+        return torch.float32
+    try:
+        if subject.kind == "optimizer":
+            subject.trainer(dtype=torch.float64)
+    except DrivetrainError:
+        return torch.float32
+    return torch.float64
 
 
 def _compute_type(subject: Subject) -> torch.dtype:

@@ -1,0 +1,13 @@
+"""It keeps every promise of a tracker; the kit's checks, each with an id of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from drivetrain_testing import Check, conformance
+from drivetrain_wandb import WandbTracker
+
+
+@conformance(WandbTracker(mode="offline"), processes=pytest.mark.slow)
+def test_conformance(check: Check) -> None:
+    check()
