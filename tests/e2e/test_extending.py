@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.test_install import ROOT, Environment
@@ -18,17 +19,15 @@ KINDS = sorted(
     if path.parent.name == "kinds"
 )
 OURS = ("core", "plugins/cli", "plugins/doctor", "plugins/logging", "plugins/scaffold", "plugins/testing")
-# Trains by the configuration given as JSON; what it names is found by name alone.
+# Trains by the configuration file given; what it names is found by name alone.
 TRAIN = """
-import json, sys
+import json, os, sys
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from drivetrain import Trainer, load_training_config
 
-table = json.loads(sys.argv[1]) | {"max_duration": "4st", "standard_callbacks": False, "output_dir": "runs"}
-open("run.json", "w").write(json.dumps(table))
-config = load_training_config("run.json")
+config = load_training_config(sys.argv[1], ["max_duration=4st", "standard_callbacks=false", "output_dir=runs"])
 torch.manual_seed(0)
 x = torch.randn(64, 6)
 model = None if config.model else nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1))
@@ -37,7 +36,8 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01) if config.optimizer is 
 trainer = Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer)
 output = trainer.train()
 assert output.completed and output.steps == 4, output
-print(json.dumps(trainer.plugins()))
+said = {"plugins": trainer.plugins(), "rank": trainer.ctx.strategy.rank, "why": trainer.ctx.strategy.reason}
+print(json.dumps(said | {"weights": [p.tolist() for p in trainer.model.parameters()]}))
 """
 USES = {
     "optimizer": {"optimizer": "toy_optimizer"},
@@ -64,11 +64,17 @@ class Workshop(Environment):
         assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-3000:]
         return result.stdout
 
+    def train(self, table: dict[str, Any]) -> list[str]:
+        """Train by a file that holds `table`; returns the names of the run's plugins."""
+        file = self.cwd / "run.json"
+        file.write_text(json.dumps(table))
+        return json.loads(self.checked("-c", TRAIN, file).splitlines()[-1])["plugins"]
+
     def publish(self, project: Path) -> None:
         """Build a wheel of a folder and install that."""
         wheels = self.cwd / f"wheels-{project.name}"
         self.pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", wheels, project)
-        self.pip("install", "-q", "--no-deps", *wheels.glob("*.whl"))
+        self.pip("install", "-q", "-c", ROOT / "constraints.txt", *wheels.glob("*.whl"))  # its dependencies are here already
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +101,7 @@ def test_the_tests_of_every_kind_pass_on_what_is_installed(plugins: Workshop) ->
 
 @pytest.mark.parametrize("kind", USES)
 def test_a_configuration_uses_it_by_name(plugins: Workshop, kind: str) -> None:
-    active = json.loads(plugins.checked("-c", TRAIN, json.dumps(USES[kind])).splitlines()[-1])
+    active = plugins.train(USES[kind])
     expected = "callback:logging" if kind == "tracker" else f"{kind}:toy_{kind}"
     assert expected in active
     if kind == "tracker":
@@ -105,9 +111,32 @@ def test_a_configuration_uses_it_by_name(plugins: Workshop, kind: str) -> None:
 def test_two_processes_use_the_strategy_by_name(plugins: Workshop) -> None:
     script = plugins.cwd / "strategy.py"
     script.write_text(TRAIN)
-    table = json.dumps({"distributed": "toy_strategy"})
-    said = plugins.checked("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, table)
+    (plugins.cwd / "ranks.toml").write_text('distributed = "toy_strategy"\n')
+    said = plugins.checked("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, "ranks.toml")
     assert said.count("strategy:toy_strategy") == 2
+
+
+def test_a_launcher_of_ones_own_starts_two_processes(plugins: Workshop) -> None:
+    """The plugin `toy_cluster` reads its variables, and the run is one of two processes with the same weights."""
+    (plugins.cwd / "launched.toml").write_text('distributed = "toy_strategy"\n')
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DRIVETRAIN_PLUGINS")}
+    processes = [
+        subprocess.Popen(
+            [plugins.interpreter, "-c", TRAIN, "launched.toml"],
+            cwd=plugins.cwd,
+            env=clean | {"OMP_NUM_THREADS": "1", "TOY_CLUSTER_RANK": str(rank), "TOY_CLUSTER_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    ended = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ended
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in ended)
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert "2 processes, started by toy_cluster" in first["why"]
+    assert first["weights"] == second["weights"]
 
 
 def test_the_command_is_one_of_the_program(plugins: Workshop) -> None:
@@ -130,13 +159,12 @@ def test_the_sample_plugin_passes_its_tests_and_trains_by_name(workshop: Worksho
     workshop.publish(sample)
     said = workshop.checked("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, sample / "tests")
     assert " passed" in said
-    code = f"table = __import__('tomli').load(open({str(sample / 'run.toml')!r}, 'rb')); import json; print(json.dumps(table))"
-    table = json.loads(workshop.checked("-c", code))
-    assert "optimizer:signum" in workshop.checked("-c", TRAIN, json.dumps(table))
+    assert "optimizer:signum" in workshop.checked("-c", TRAIN, sample / "run.toml")
 
 
 def test_a_new_project_trains_at_once(workshop: Workshop) -> None:
-    workshop.pip("install", "-q", "--no-deps", *(ROOT / "plugins" / name for name in ("optimizers", "schedulers", "precision")))
+    standard = (ROOT / "plugins" / name for name in ("optimizers", "schedulers", "precision"))
+    workshop.pip("install", "-q", "-c", ROOT / "constraints.txt", *standard)
     workshop.program("new", "project", "digits")
     project = workshop.cwd / "digits"
     result = subprocess.run([workshop.interpreter, "train.py"], cwd=project, capture_output=True, text=True)
