@@ -16,8 +16,6 @@ from torch.utils.data import (
     Dataset,
     DistributedSampler,
     IterableDataset,
-    IterDataPipe,
-    MapDataPipe,
     RandomSampler,
     SequentialSampler,
     TensorDataset,
@@ -29,6 +27,7 @@ from drivetrain.rng import isolated, mix, seed_host
 
 Collate = Callable[[list[Any]], Any]
 _STORED = (list, tuple, TensorDataset)  # in these nothing random can happen
+_DATAPIPES = tuple(vars(torch.utils.data)[name] for name in ("IterDataPipe", "MapDataPipe") if hasattr(torch.utils.data, name))
 _END: Any = object()
 
 
@@ -71,7 +70,7 @@ def seeded(loader: Any, seed: int) -> Any:
 
     One of somebody's own class, or of datapipes, which torch divides among workers itself, is given back as it is.
     """
-    if type(loader) is not DataLoader or isinstance(loader.dataset, (IterDataPipe, MapDataPipe)):
+    if type(loader) is not DataLoader or isinstance(loader.dataset, _DATAPIPES):
         return loader
     data, batched = loader.dataset, loader.batch_sampler is not None
     given: dict[str, Any]
@@ -118,7 +117,7 @@ class SeededDataset(Dataset[Any]):
             return self.data.fetch(indices)
         if self.stored:
             samples = [self.data[index] for index in indices]
-        elif hasattr(self.data, "__getitems__"):  # fetches a whole batch: its random state belongs to the first sample
+        elif getattr(self.data, "__getitems__", None):  # fetches a whole batch: its random state belongs to the first sample
             samples = self.data.__getitems__(indices)
         else:
             samples = [self._sample(key) for key in keys]

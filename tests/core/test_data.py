@@ -211,7 +211,7 @@ SOURCES: dict[str, Callable[[int], Any]] = {
     "fetch": lambda _: Whole(),
     "stream": lambda _: Flow(),
     "list": lambda _: [(torch.full((4,), index / 23), torch.ones(1)) for index in range(23)],
-    "loader": lambda workers: loader_of(Augmented(), workers, shuffle=True, collate_fn=collate),
+    "loader": lambda workers: loader_of(Augmented(), workers, shuffle=True, collate_fn=collate, persistent_workers=workers > 0),
     "loader of a stream": lambda workers: loader_of(Flow(), min(workers, 1)),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -40,6 +41,31 @@ except DrivetrainError as error:
     raise SystemExit(str(error))
 print(output.stop_reason)
 """
+# Prints which of the names are there, and what is said of the others; with "load", imports those whose dependencies are installed.
+LOOK_UP = """
+import json, sys
+from importlib import metadata
+from drivetrain import PluginError, registry
+
+def has_dependencies(candidate):
+    from pip._vendor.packaging.requirements import Requirement
+    wanted = [Requirement(line) for line in candidate.requires]
+    found = {d.name.lower().replace("_", "-") for d in metadata.distributions()}
+    return {r.name.lower().replace("_", "-") for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})} <= found
+
+there, said, loaded = [], {}, []
+for kind, name in json.load(sys.stdin):
+    try:
+        candidate = registry.find(kind, name)
+    except PluginError as error:
+        said[f"{kind}:{name}"] = str(error)
+        continue
+    there.append(f"{kind}:{name}")
+    if has_dependencies(candidate):
+        candidate.load()
+        loaded.append(f"{kind}:{name}")
+print(json.dumps([there, said, loaded]))
+"""
 # Reads the metadata with what pip itself brings: distributions that the core needs, directly and in all.
 CLOSURE = """
 import json
@@ -69,8 +95,9 @@ class Environment:
         scripts = "Scripts" if sys.platform == "win32" else "bin"
         self.interpreter = folder / "env" / scripts / "python"
 
-    def python(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.interpreter, "-I", *arguments], cwd=self.cwd, capture_output=True, text=True)
+    def python(self, *arguments: str | Path, given: str = "") -> subprocess.CompletedProcess[str]:
+        command = [self.interpreter, "-I", *arguments]
+        return subprocess.run(command, cwd=self.cwd, capture_output=True, text=True, input=given)
 
     def pip(self, *arguments: str | Path) -> str:
         result = self.python("-m", "pip", *arguments)
@@ -109,3 +136,31 @@ def test_installing_a_plugin_makes_its_name_usable_and_uninstalling_it_says_how_
     refused = core_alone.python("-c", STOP_EARLY)
     assert refused.returncode == 1
     assert "callbacks[0]" in refused.stderr and "pip install drivetrain-early-stopping" in refused.stderr
+
+
+def test_every_plugin_is_usable_by_name_when_installed_and_says_how_to_get_it_when_not(core_alone: Environment) -> None:
+    """Without their other dependencies, which `isolated` has: what is asked here is that nothing else must be done."""
+    folders = [path.parent for kind in ("plugins", "contrib") for path in sorted((ROOT / kind).glob("*/pyproject.toml"))]
+    names, home = [], {}
+    for folder in folders:
+        project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+        for group, entries in project.get("entry-points", {}).items():
+            if group.startswith("drivetrain."):
+                names += [(group.removeprefix("drivetrain."), name) for name in entries]
+                home |= {f"{group.removeprefix('drivetrain.')}:{name}": project["name"] for name in entries}
+    assert len(names) > 90 and len(set(home.values())) > 35, "the plugins' metadata is read"
+
+    def look_up() -> tuple[list[str], dict[str, str], list[str]]:
+        found = core_alone.python("-c", LOOK_UP, given=json.dumps(names))
+        assert found.returncode == 0, found.stderr
+        return json.loads(found.stdout)  # type: ignore[no-any-return]
+
+    core_alone.pip("install", "-q", "--no-deps", *folders)
+    there, said, loaded = look_up()
+    assert (set(there), said) == (set(home), {})
+    assert len(loaded) > 50, "the names of plugins that need nothing else are imported"
+
+    core_alone.pip("uninstall", "-q", "-y", *set(home.values()))
+    there, said, _ = look_up()
+    assert there == []
+    assert {name for name, message in said.items() if f"pip install {home[name]}" not in message} == set()
