@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ class Doctor:
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the arguments."""
         parser.add_argument("--json", action="store_true", help="as JSON, for programs")
-        parser.add_argument("--hang", metavar="RUN_DIR", type=Path, help="say who kept a run's processes waiting (drivetrain-watchdog)")
+        parser.add_argument(
+            "--hang", metavar="RUN_DIR", type=Path, help="say who kept a run's processes waiting (drivetrain-watchdog)"
+        )
         parser.add_argument("--output-dir", metavar="DIR", type=Path, default=Path("runs"), help="where runs are kept (runs)")
 
     def run(self, arguments: argparse.Namespace) -> int:
@@ -30,7 +35,7 @@ class Doctor:
         if arguments.hang is not None:
             return _hang(arguments.hang)
         found = []
-        for finding in examine(arguments.output_dir):
+        for finding in _examined(arguments.output_dir):
             found.append(finding)
             if not arguments.json:
                 print(finding, flush=True)
@@ -40,6 +45,17 @@ class Doctor:
         else:
             print(f"{len(failed)} of {len(found)} failed" if failed else "all is well")
         return 1 if failed else 0
+
+
+def _examined(output_dir: Path) -> Iterator[Finding]:
+    """The findings; what plugins print while they are asked goes to standard error, which no program reads as JSON."""
+    findings = examine(output_dir)
+    while True:
+        with redirect_stdout(sys.stderr):
+            finding = next(findings, None)
+        if finding is None:
+            return
+        yield finding
 
 
 def _hang(run_dir: Path) -> int:

@@ -16,10 +16,12 @@ from typing import Any
 
 import attrs
 import torch
+from packaging.requirements import InvalidRequirement, Requirement
 
 from drivetrain import DrivetrainError
 from drivetrain.cluster import Cluster, asked, detect
 from drivetrain.registry import CORE, Candidate, all_candidates, candidates, find
+from drivetrain_doctor.imports import Imported, import_all
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")  # what foreign text could tell a terminal
 _MEGABYTES = 16
@@ -69,6 +71,7 @@ def examine(output_dir: Path) -> Iterator[Finding]:
         ("devices", _devices),
         ("launch environment", _launch),
         ("plugins", _plugins),
+        ("dependencies", _dependencies),
         ("two processes", _two_processes),
         ("output directory", lambda: _writing(output_dir)),
         ("checks of plugins", _brought),
@@ -82,7 +85,10 @@ def examine(output_dir: Path) -> Iterator[Finding]:
 
 
 def _python() -> Finding:
-    return Finding("python", sys.version_info >= (3, 11), f"{platform.python_version()} in {sys.prefix}", "")
+    fine = sys.version_info >= (3, 11)
+    return Finding(
+        "python", fine, f"{platform.python_version()} in {sys.prefix}", "" if fine else "install Python 3.11 or newer"
+    )
 
 
 def _torch() -> Finding:
@@ -106,7 +112,10 @@ def _devices() -> Iterator[Finding]:
         name = torch.device("cpu") if kind is None else torch.device(kind.type, index)
         try:
             total = float(torch.ones(2, device=name).sum())
-            yield Finding("devices", total == 2.0, f"{name}: {_device_name(name)}")
+            remedy = (
+                "" if total == 2.0 else "a sum on it is wrong: it or its driver is broken; choose another with device = ..."
+            )
+            yield Finding("devices", total == 2.0, f"{name}: {_device_name(name)}", remedy)
         except RuntimeError as error:
             yield Finding("devices", False, f"{name}: {error}", "it cannot compute: is it in use, or its driver too old?")
 
@@ -142,29 +151,64 @@ def _place(found: Cluster) -> str:
 
 def _plugins() -> Iterator[Finding]:
     """Version ranges, conflicts of names, and whether each can be imported."""
-    bad = 0
     every = list(all_candidates())
-    for candidate in every:
-        finding = _plugin(candidate)
+    bad = 0
+    for candidate, imported in zip(every, import_all(every), strict=True):
+        finding = _plugin(candidate, imported)
         if not finding.ok:
             bad += 1
             yield finding
-    distributions = len({candidate.distribution for candidate in every})
-    yield Finding("plugins", True, f"{len(every) - bad} of {len(every)} in {distributions} distributions can be used")
+    distributions = sorted({f"{candidate.distribution} {candidate.version}" for candidate in every})
+    said = f"{len(every) - bad} of {len(every)} in {len(distributions)} distributions can be used"
+    yield Finding("plugins", True, said)
+    yield Finding("versions", True, ", ".join([f"{CORE} {metadata.version(CORE)}", *distributions]))
 
 
-def _plugin(candidate: Candidate) -> Finding:
-    name = f"plugin {candidate.kind}:{candidate.name}"
+def _plugin(candidate: Candidate, imported: Imported) -> Finding:
+    name, repair = f"plugin {candidate.kind}:{candidate.name}", f"repair {candidate.distribution}, or pip uninstall it"
     try:
         if len(candidates(candidate.kind)[candidate.name]) > 1:
             find(candidate.kind, candidate.name)  # says who claims the name
-        candidate.load()
     except DrivetrainError as error:
         text, _, remedy = str(error).partition(". ")
-        return Finding(name, False, text, remedy)
-    except BaseException as error:  # a module that ends the process must not end this one
-        return Finding(name, False, f"{type(error).__name__}: {error}", f"pip uninstall {candidate.distribution}, or repair it")
-    return Finding(name, True, candidate.target)
+        return Finding(name, False, text, remedy or repair)
+    text, _, remedy = imported.error.partition(". ")
+    return Finding(name, False, text, remedy or repair) if text else Finding(name, True, candidate.target)
+
+
+def _dependencies() -> Iterator[Finding]:
+    """Whether the core and every distribution with plugins find what they require, in the versions that they require."""
+    wrong = 0
+    for name in sorted({CORE, *(candidate.distribution for candidate in all_candidates())}):
+        for problem in _unmet(name):
+            wrong += 1
+            yield Finding(
+                f"dependencies of {name}", False, problem, f"pip install -U {name}, and read what pip says of conflicts"
+            )
+    if not wrong:
+        yield Finding("dependencies", True, "all are there, in versions that suit")
+
+
+def _unmet(name: str) -> Iterator[str]:
+    try:
+        lines = metadata.requires(name) or []
+    except metadata.PackageNotFoundError:  # what has no metadata requires nothing
+        return
+    for line in lines:
+        try:
+            wanted = Requirement(line)
+        except InvalidRequirement as error:
+            yield f"it requires {line!r}: {error}"
+            continue
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            yield f"it requires {wanted.name}{wanted.specifier}, which is not installed"
+            continue
+        if not wanted.specifier.contains(found, prereleases=True):
+            yield f"it requires {wanted.name}{wanted.specifier}, but {wanted.name} {found} is installed"
 
 
 def _two_processes() -> Finding:
@@ -216,7 +260,8 @@ def _brought() -> Iterator[Finding]:
             try:
                 check: Any = candidate.load()
                 ok, text, remedy = check()
-                yield Finding(name, bool(ok), str(text), str(remedy))
+                advice = str(remedy) or ("" if ok else f"ask {candidate.distribution} what to do")
+                yield Finding(name, bool(ok), str(text), advice)
             except Exception as error:
                 yield Finding(name, False, f"{type(error).__name__}: {error}", f"report it to {candidate.distribution}")
 

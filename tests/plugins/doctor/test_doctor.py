@@ -69,6 +69,44 @@ def test_plugins_that_cannot_be_used_are_named_with_a_remedy(site: Path) -> None
     assert "2 installed distributions provide the dataset 'both'" in findings["plugin dataset:both"].text
     assert all(findings[name].remedy for name in ("plugin model:lost", "plugin dataset:both"))
     assert findings["plugins"].text.startswith("0 of 3")
+    assert findings["versions"].text.endswith("one 1.0, two 1.0")
+
+
+def test_plugins_are_imported_where_they_do_no_harm(site: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each by itself: one that prints, one that ends the process in two ways, one whose error says nothing, and a sound one after them."""
+    (site / "doctor_prints.py").write_text("import os\nprint('hello')\nos.write(1, b'from C')\nThing = 1\n")
+    (site / "doctor_exits.py").write_text("raise SystemExit('enough')\n")
+    (site / "doctor_dies.py").write_text("import os\nos._exit(3)\n")
+    (site / "doctor_fails.py").write_text("raise ValueError\n")
+    lines = [f"{name} = doctor_{name}:Thing\n" for name in ("prints", "exits", "dies", "fails")]
+    publish(site, "one", "[drivetrain.model]\n" + "".join(lines) + "[drivetrain.preset]\nsound = toy_doctor_checks:fine\n")
+    findings = found(site)
+    assert capfd.readouterr() == ("", "")
+    assert "importing it ends the process with SystemExit" in findings["plugin model:exits"].text
+    assert findings["plugin model:dies"].text == "importing it ends the process (exit code 3)"
+    assert "ValueError" in findings["plugin model:fails"].text
+    assert all(finding.remedy for finding in findings.values() if not finding.ok)
+    assert findings["plugins"].text.startswith("2 of 5"), "what prints and what is sound can be used"
+
+
+def test_dependencies_that_do_not_suit_are_named(site: Path) -> None:
+    publish(site, "one", "[drivetrain.preset]\na = toy_doctor_checks:fine\n", "not-there>=1\nRequires-Dist: torch<1")
+    publish(site, "two", "[drivetrain.preset]\nb = toy_doctor_checks:fine\n", "torch>=2; extra == 'x'")
+    rows = [finding for finding in examine(site) if finding.check.startswith("dependencies")]
+    assert [row.check for row in rows] == ["dependencies of one"] * 2
+    assert rows[0].text == "it requires not-there>=1, which is not installed"
+    assert rows[1].text.startswith("it requires torch<1, but torch 2")
+
+
+def test_json_is_json_whatever_plugins_print(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "doctor_loud.py").write_text("print('loading')\ndef check():\n    print('checking')\n    return False, 'bad', ''\n")
+    publish(site, "one", "[drivetrain.check]\nloud = doctor_loud:check\n")
+    parser, command = argparse.ArgumentParser(), Doctor()
+    command.add_arguments(parser)
+    assert command.run(parser.parse_args(["--json", "--output-dir", str(site)])) == 1
+    said = capsys.readouterr()
+    (bad,) = [row for row in json.loads(said.out) if not row["ok"]]
+    assert bad["remedy"] and "checking" in said.err
 
 
 def test_a_plugin_for_another_core(site: Path) -> None:
@@ -95,7 +133,9 @@ def test_the_launch_environment_is_shown_with_its_evidence(site: Path, monkeypat
     assert finding.text == "mpi: rank 1 of 2, 1 on this machine (from OMPI_COMM_WORLD_RANK, OMPI_COMM_WORLD_SIZE)"
     monkeypatch.setenv("SLURM_PROCID", "0")
     order = found(site)["launchers in order"].text
-    assert order.startswith("torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; mpi: this one; slurm: SLURM_NTASKS")
+    assert order.startswith(
+        "torchrun: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set; mpi: this one; slurm: SLURM_NTASKS"
+    )
     for name, value in {"SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}.items():
         monkeypatch.setenv(name, value)
     order = found(site)["launchers in order"].text
@@ -124,7 +164,7 @@ def test_the_command(site: Path, capsys: pytest.CaptureFixture[str], broken: boo
     rows = json.loads(capsys.readouterr().out)
     assert [row["check"] for row in rows if not row["ok"]] == (["empty (one)"] if broken else [])
     assert command.run(parser.parse_args(["--output-dir", str(site)])) == int(broken)
-    assert capsys.readouterr().out.endswith("1 of 9 failed\n" if broken else "all is well\n")
+    assert capsys.readouterr().out.endswith("1 of 11 failed\n" if broken else "all is well\n")
 
 
 def test_hang_is_read_by_the_watchdogs_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
