@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 from attrs import evolve
@@ -18,6 +19,7 @@ from attrs import evolve
 from drivetrain import TrainingConfig
 from drivetrain_plan import DeviceProfile, load_profile, plan
 
+DOCS = str(Path(__file__).parents[2] / "docs")  # text to train on, which costs nothing to find
 LLAMA_8B = {
     "model_type": "llama",
     "hidden_size": 4096,
@@ -74,7 +76,7 @@ def rates(name: str) -> tuple[float, float, float]:
     model, context, ranks, device, changes, _, _ = CASES[name]
     config = TrainingConfig(
         model={"use": "transformers", "config": model, "from_scratch": True},
-        data={"use": "text", "context": context},
+        data={"use": "text", "path": DOCS, "pattern": "*.md", "context": context, "held_out": 0},
         max_duration="100st",
         precision="bf16",
         output_dir=tempfile.gettempdir(),

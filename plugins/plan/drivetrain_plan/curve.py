@@ -110,10 +110,15 @@ def command(config: TrainingConfig, arguments: argparse.Namespace) -> int:
     else:
         draw(found, target)
     if arguments.json:
-        print(json.dumps(attrs.asdict(found, filter=lambda a, _: a.name != "device") | {"device": found.device.name}, indent=2))
+        print(json.dumps(_data(found), indent=2))
     else:
         print(f"wrote {target}")
     return 0
+
+
+def _data(found: Curve) -> dict[str, Any]:
+    points = [point._asdict() for point in found.points]
+    return {"strategy": found.strategy, "device": found.device.name, "unit": found.unit, "points": points}
 
 
 def draw(found: Curve, target: Path) -> None:

@@ -401,6 +401,34 @@ class TestSweep:
         assert chosen.origin("per_device_batch_size") == chosen.origin("distributed") == "plan"
         assert chosen.origin("seed") != "plan"
 
+    def test_what_is_chosen_fits_when_it_is_planned_by_itself(self) -> None:
+        """On a device where the microbatch has to be smaller than the step, which is where a peak that is scaled goes wrong."""
+        wide = [nn.Linear(WIDTH, 8 * WIDTH), *(nn.GELU() for _ in range(8)), nn.Linear(8 * WIDTH, WIDTH)]
+        given = {**self.given(), "model": net(*wide)}
+        whole = plan(config(per_device_batch_size=64), 1, "h100", **given)
+        device = evolve(load_profile("h100"), memory=0.75 * whole.simulation.peak, reserved=0.0)
+        found = sweep(config(global_batch_size=64, per_device_batch_size=1), device, ranks=1, **given)
+        chosen = plan(found.chosen(), 1, device, **given)
+        assert chosen.fits and chosen.simulation.peak == found.frontier["cheapest"].peak
+        assert any(c.peak > device.usable for c in found.tried), "else this test could not fail"
+        assert plan(config(per_device_batch_size=64), 1, device, **given).fits is False
+
+    def test_a_candidate_that_turns_out_too_large_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The fit says that everything takes next to nothing; only what has been simulated whole is shown."""
+        whole = planned(per_device_batch_size=64).simulation.peak
+        device = evolve(load_profile("h100"), memory=1.05 * planned(per_device_batch_size=8).simulation.peak, reserved=0.0)
+        monkeypatch.setattr(Family, "peak", lambda self, size: 1)
+        found = sweep(config(global_batch_size=64, per_device_batch_size=1), device, ranks=1, **self.given())
+        assert whole > device.usable
+        assert all(c.plan.fits and c.peak == c.plan.simulation.peak for c in found.frontier.values())
+        assert any(c.peak > device.usable for c in found.tried)
+
+    def test_the_users_own_options_of_a_strategy_are_kept(self) -> None:
+        pytest.importorskip("drivetrain_fsdp")
+        own = config(global_batch_size=8, distributed={"use": "fsdp", "reshard_after_forward": False})
+        divided = [c for c in sweep(own, "h100", ranks=2, **self.given()).tried if c.strategy == "fsdp"]
+        assert divided and all(c.changes["distributed"]["reshard_after_forward"] is False for c in divided)
+
     def test_nothing_fits(self) -> None:
         found = sweep(config(), evolve(load_profile("h100"), memory=1000.0, reserved=0.0), **self.given())
         assert not found.frontier and "nothing fits" in str(found)
