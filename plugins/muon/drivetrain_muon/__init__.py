@@ -14,7 +14,9 @@ from drivetrain import CallbackContext, ConfigError, OptimizerComponent, Problem
 from drivetrain_muon.optimizer import Muon
 from drivetrain_muon.orthogonal import orthogonalize
 
-__all__ = ["Muon", "MuonComponent", "orthogonalize"]
+__all__ = ["Muon", "MuonComponent", "head_weight", "orthogonalize"]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def _number(default: Any, help: str, *, least: float = 0, below: float = float("inf")) -> Any:
@@ -38,7 +40,8 @@ class MuonComponent(OptimizerComponent):
     AdamW's learning rate fits both parts (Liu et al. 2025, arXiv:2502.16982, equation 4), or the `original` √max(1, rows/columns).
     Matrices of one shape are orthogonalized together: in bfloat16 on GPUs, in float32 on CPUs. Sharded ones are gathered first.
 
-    Hidden are all parameters of two dimensions but embeddings and the last linear layer; say it yourself with `adamw`.
+    Hidden are all parameters of two dimensions but embeddings and the output layer (`head_weight`), and the kernels of convolutions
+    without groups, as matrices of [outputs, inputs × positions]; say it yourself with `adamw`.
     """
 
     lr: float = _number(1e-3, "peak learning rate; the schedule multiplies it")
@@ -60,7 +63,7 @@ class MuonComponent(OptimizerComponent):
         help="decay only those weights of the matrices that the update moves towards zero (Chen et al. 2025, arXiv:2510.12402)",
     )
     adamw: list[str] | None = option(
-        default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the last linear layer"
+        default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the output layer"
     )
     adamw_lr: float | None = _number(None, "peak learning rate of the AdamW part; default: lr")
     betas: tuple[float, float] = _number((0.9, 0.95), "AdamW's averaging factors of gradient and squared gradient", below=1.0)
@@ -92,18 +95,17 @@ class MuonComponent(OptimizerComponent):
         """The `id`s of the parameters that Muon updates."""
         groups = self.parameter_groups(model)
         pairs = [(name, p) for g in groups for name, p in zip(g["param_names"], g["params"], strict=True)]
-        matrices = {name: id(p) for name, p in pairs if p.ndim == 2}
+        kernels = {id(m.weight) for m in model.modules() if isinstance(m, _CONVOLUTIONS) and m.groups == 1}
+        matrices = {name: id(p) for name, p in pairs if p.ndim == 2 or id(p) in kernels}
         if self.adamw is None:
             outer = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-            outer |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]}
+            outer.add(id(head_weight(model)))
             hidden = set(matrices.values()) - outer
         else:
             self._check_patterns(self.adamw, list(matrices))
             hidden = {i for name, i in matrices.items() if not any(fnmatchcase(name, pattern) for pattern in self.adamw)}
         if not hidden:
-            message = (
-                "no matrix is left for Muon: the model has none between its embeddings and its last linear layer. Use adamw."
-            )
+            message = "no matrix is left for Muon: the model has none between its embeddings and its output layer. Use adamw."
             raise ConfigError([Problem(self._path, message)])
         return hidden
 
@@ -120,6 +122,17 @@ class MuonComponent(OptimizerComponent):
     @property
     def _path(self) -> str:
         return self.plugin_name.replace(":", ".") or "optimizer"
+
+
+def head_weight(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the layer that makes the outputs: what `get_output_embeddings()` says, as models of transformers have it, for
+    others the last linear layer's; None without one."""
+    for module in model.modules():  # wrapped or not
+        ask = getattr(module, "get_output_embeddings", None)
+        if callable(ask) and (found := ask()) is not None:
+            return getattr(found, "weight", None)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].weight if linear else None
 
 
 def _only(groups: list[dict[str, Any]], chosen: set[int], inside: bool) -> Iterator[dict[str, Any]]:

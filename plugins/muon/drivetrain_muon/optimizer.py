@@ -20,7 +20,7 @@ _TINY = 1e-10
 class Muon(ForeachOptimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for matrices, AdamW for what else there is.
 
-    Groups with `algorithm = "muon"` (the default) hold matrices:
+    Groups with `algorithm = "muon"` (the default) hold matrices, or kernels of convolutions, which are matrices of [outputs, rest]:
 
         m ← μm + (1−μ)g, u = (1−μ)g + μm (Nesterov), O = orthogonalize(u), θ ← θ(1 − ηλ) − η·s·O
 
@@ -42,7 +42,7 @@ class Muon(ForeachOptimizer):
         betas, eps: of AdamW.
 
     Raises:
-        ModelError: when a group of Muon holds something other than matrices.
+        ModelError: when a group of Muon holds a vector or a number.
     """
 
     def __init__(
@@ -95,13 +95,14 @@ class Muon(ForeachOptimizer):
         grads, momenta = self.gradients(params), self.states(params, "momentum_buffer")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         looked_ahead = torch._foreach_lerp(grads, momenta, group["momentum"])
-        stack = torch.stack([_whole(update) for update in looked_ahead]).to(_type_of(params[0]))
+        stack = torch.stack([_whole(update).flatten(1) for update in looked_ahead]).to(_type_of(params[0]))
         stack = orthogonalize(stack, group["coefficients"], group["ns_steps"])
         if group["normuon"]:
             stack = self._normalize_rows(group, params, stack)
-        updates = [_like(matrix, p) for matrix, p in zip(stack.to(params[0].dtype).unbind(), params, strict=True)]
+        scale = _scale(group["adjust_lr"], *stack.shape[1:])
+        updates = [_like(matrix.view(p.shape), p) for matrix, p in zip(stack.to(params[0].dtype).unbind(), params, strict=True)]
         _decay(group, params, updates)
-        torch._foreach_add_(params, updates, alpha=-group["lr"] * _scale(group["adjust_lr"], *params[0].shape))
+        torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
     def _normalize_rows(self, group: dict[str, Any], params: list[Tensor], stack: Tensor) -> Tensor:
         """NorMuon: rows of equal size in the long run, each matrix' norm as it was; `stack` is [matrices, rows, columns]."""
@@ -141,7 +142,7 @@ class Muon(ForeachOptimizer):
 
 def _check_matrices(group: dict[str, Any]) -> None:
     for index, parameter in enumerate(group["params"]):
-        if parameter.ndim != 2:
+        if parameter.ndim < 2:
             raise ModelError(
                 f"Muon updates matrices, and {_name(group, index)} has {parameter.ndim} dimensions. Put it into a group with "
                 "algorithm = 'adamw'."

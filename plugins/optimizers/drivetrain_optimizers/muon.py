@@ -36,8 +36,9 @@ class MuonTorch(TorchOptimizer):
     0.2√max(rows, columns), with which AdamW's learning rate fits both parts (Liu et al. 2025, arXiv:2502.16982, equation 4), or
     the `original` √max(1, rows/columns).
 
-    Hidden are all parameters of two dimensions but embeddings and the last linear layer; say it yourself with `adamw`.
-    One matrix at a time, no sharding: for large or sharded models take `muon` (pip install drivetrain-muon).
+    Hidden are all parameters of two dimensions but embeddings and the output layer, which is what `get_output_embeddings()`
+    says or else the last linear one; say it yourself with `adamw`. One matrix at a time, no kernels of convolutions, no
+    sharding: for large or sharded models take `muon` (pip install drivetrain-muon).
     """
 
     lr: float = number(1e-3, LR_HELP)
@@ -48,7 +49,7 @@ class MuonTorch(TorchOptimizer):
         default="match_rms_adamw", help="how a matrix' shape scales Muon's learning rate"
     )
     adamw: list[str] | None = option(
-        default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the last linear layer"
+        default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the output layer"
     )
     adamw_lr: float | None = number(None, "peak learning rate of the AdamW part; default: lr")  # type: ignore[arg-type]
     betas: tuple[float, float] = betas(0.9, 0.95)
@@ -87,7 +88,7 @@ class MuonTorch(TorchOptimizer):
         matrices = {name: p for name, p in pairs if p.ndim == 2}
         if self.adamw is None:
             outer = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-            outer |= {id(m.weight) for m in [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]}
+            outer.add(id(_head_weight(model)))
             hidden = {name for name, p in matrices.items() if id(p) not in outer}
         else:
             for index, pattern in enumerate(self.adamw):
@@ -96,11 +97,20 @@ class MuonTorch(TorchOptimizer):
                     raise ConfigError([Problem(f"{self.path}.adamw[{index}]", message)])
             hidden = {name for name in matrices if not any(fnmatchcase(name, pattern) for pattern in self.adamw)}
         if not hidden:
-            message = (
-                "no matrix is left for Muon: the model has none between its embeddings and its last linear layer. Use adamw."
-            )
+            message = "no matrix is left for Muon: the model has none between its embeddings and its output layer. Use adamw."
             raise ConfigError([Problem(self.path, message)])
         return hidden
+
+
+def _head_weight(model: nn.Module) -> torch.Tensor | None:
+    """The weight of the layer that makes the outputs: what `get_output_embeddings()` says, as models of transformers have it, for
+    others the last linear layer's; None without one."""
+    for module in model.modules():  # wrapped or not
+        ask = getattr(module, "get_output_embeddings", None)
+        if callable(ask) and (found := ask()) is not None:
+            return getattr(found, "weight", None)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return linear[-1].weight if linear else None
 
 
 def _only(groups: list[dict[str, Any]], names: set[str], inside: bool) -> Iterator[dict[str, Any]]:

@@ -287,6 +287,46 @@ def test_a_head_tied_to_the_embedding_goes_to_adamw() -> None:
     assert {name for name, algorithm in found.items() if algorithm == "muon"} == HIDDEN
 
 
+class Reversed(Model):
+    """Its output layer is not the last linear one, as its `get_output_embeddings` says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Linear(8, 8, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+
+def test_the_output_layer_is_the_one_that_the_model_says() -> None:
+    for model in (Reversed(), nn.ModuleDict({"module": Reversed()})):
+        found = whose(make(model))
+        assert {name for name, algorithm in found.items() if algorithm == "muon"} == HIDDEN | {"extra.weight"}
+    silent = Reversed()
+    silent.get_output_embeddings = lambda: None  # type: ignore[assignment, method-assign, return-value]
+    found = whose(make(silent))
+    assert {name for name, algorithm in found.items() if algorithm == "muon"} == HIDDEN | {"head.weight"}, "the last, then"
+
+
+def test_kernels_of_convolutions_are_matrices_of_their_outputs() -> None:
+    """A step on a kernel is the step on the matrix that it is when it is flattened."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv1d(4, 6, 2), nn.Flatten(), nn.Linear(6, 2))
+    made = make(model, lr=0.1, normuon=True, cautious=True)
+    assert {name for name, algorithm in whose(made).items() if algorithm == "muon"} == {"0.weight", "2.weight"}
+    kernel = model[0].weight
+    flat = nn.Parameter(kernel.detach().flatten(1).clone())
+    group = next(g for g in made.param_groups if any(p is kernel for p in g["params"]))
+    other = Muon([{**{k: v for k, v in group.items() if k != "param_names"}, "params": [flat]}])
+    for seed in range(3):
+        gradient = torch.randn(flat.shape, generator=torch.Generator().manual_seed(seed))
+        kernel.grad, flat.grad = gradient.view_as(kernel).clone(), gradient.clone()
+        made.step()
+        other.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), flat.detach(), rtol=1e-6, atol=1e-7)
+    assert kernel.shape == (8, 3, 3, 3)
+
+
 def test_a_wrapped_model_keeps_its_names() -> None:
     wrapped = nn.ModuleDict({"module": Model()})  # as DistributedDataParallel names it
     found = whose(make(wrapped, adamw=["head.*", "embed.*"]))
