@@ -67,6 +67,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
         "drivetrain-anomaly": ("anomaly",),
         "drivetrain-audit": ("audit",),
         "drivetrain-finders": ("lr_finder", "batch_size_finder"),
+        "drivetrain-gc": ("gc",),
         "drivetrain-goodput": ("goodput",),
         "drivetrain-gradient-stats": ("gradient_stats",),
         "drivetrain-ledger": ("ledger",),
@@ -102,7 +103,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 # Active in every run in which they are installed, unless `standard_callbacks = false`; this is also their order.
-STANDARD_CALLBACKS = ("throughput", "progress", "logging", "checkpoint")
+STANDARD_CALLBACKS = ("gc", "throughput", "progress", "logging", "checkpoint")
 
 
 def distribution_of(kind: str, name: str) -> str | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import enum
 import re
 import types
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 import tomli
@@ -17,9 +18,11 @@ from drivetrain.components import Component, fields_of, make_component
 from drivetrain.duration import Duration
 from drivetrain.errors import ConfigError, PluginError, Problem
 from drivetrain.formats import read_table, write_table
-from drivetrain.registry import add_file, candidates, is_installed
+from drivetrain.registry import candidates, is_installed, load_file, naming
 from drivetrain.structure import structure, unknown_key, unstructure
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Spec = Any  # a component's name, a table {use: name, option: value}, or a component object
 
 HIDDEN = "(not recorded)"
@@ -61,10 +64,22 @@ class DataLoaderConfig:
 
 def _on_set(config: TrainingConfig, attribute: attrs.Attribute[Any], value: Any) -> Any:
     """Assigning to a key checks the value as writing it in a file would, and records where it came from."""
-    value = _structured(attribute, value)
+    with naming(config.plugins):
+        value = _structured(attribute, value)
     config._origins = {k: v for k, v in config._origins.items() if k.split(".")[0] != attribute.name}
     config._origins[attribute.name] = "python"
     return value
+
+
+def _with_files(method: Callable[Concatenate[TrainingConfig, P], R]) -> Callable[Concatenate[TrainingConfig, P], R]:
+    """Let the components of the files in `plugins` have their names while a method of the configuration is at work."""
+
+    @wraps(method)
+    def run(config: TrainingConfig, *args: P.args, **kwargs: P.kwargs) -> R:
+        with naming(config.plugins):
+            return method(config, *args, **kwargs)
+
+    return run
 
 
 @attrs.define(kw_only=True, on_setattr=_on_set, eq=False)
@@ -99,7 +114,7 @@ class TrainingConfig:
     distributed: Spec = _key("auto", "ddp, fsdp, mpi, none; auto picks by the launch environment", kind="strategy")
     device: str = _key("auto", "cpu, cuda, cuda:1, mps, xpu, a plugin's; auto picks the accelerator if there is one")
     callbacks: list[Spec] = _key(help="callbacks to add, or to configure when they are standard ones", factory=list)
-    standard_callbacks: bool = _key(True, "add the installed ones of throughput, progress, logging and checkpoint")
+    standard_callbacks: bool = _key(True, "add the installed ones of gc, throughput, progress, logging and checkpoint")
     log_interval: Duration = _key(Duration(10, "st"), "how often values are read from the device and logged")
     eval_interval: Duration | None = _key(Duration(1, "ep"), "how often to evaluate; false for never")
     eval_at_start: bool = _key(False, "evaluate before the first step as well")
@@ -120,7 +135,8 @@ class TrainingConfig:
         for f in _fields():
             value = getattr(self, f.name)
             try:
-                object.__setattr__(self, f.name, _structured(f, value))
+                with naming(self.plugins):
+                    object.__setattr__(self, f.name, _structured(f, value))
             except ConfigError as error:
                 problems += error.problems
             given[f.name] = "default" if value == _default(f) else "python"
@@ -156,7 +172,8 @@ class TrainingConfig:
         values = {}
         for key in (key for key in known if key in table):  # `plugins` first: the others may name what they hold
             try:
-                values[key] = _structured(known[key], table[key])
+                with naming(table.get("plugins")):
+                    values[key] = _structured(known[key], table[key])
             except ConfigError as error:
                 problems += error.problems
         if problems:
@@ -189,6 +206,7 @@ class TrainingConfig:
 
     # -- components ------------------------------------------------------------------------------------------------------
 
+    @_with_files
     def components(self, replaced: Container[str] = ()) -> RunComponents:
         """Make the components that this configuration names, and the soft defaults that are installed.
 
@@ -245,6 +263,7 @@ class TrainingConfig:
 
     # -- plain data ------------------------------------------------------------------------------------------------------
 
+    @_with_files
     def to_dict(self, full: bool = False, secrets: bool = True) -> dict[str, Any]:
         """The configuration as plain data that `from_table` reads.
 
@@ -265,6 +284,7 @@ class TrainingConfig:
         table = table if secrets else without_secrets(table)
         return {k: v for k, v in table.items() if v is not None} if full else table
 
+    @_with_files
     def save(self, path: str | Path) -> None:
         """Write the configuration to a file whose suffix names the format; `load_training_config` gives it back.
 
@@ -481,7 +501,7 @@ def _loaded(value: Any) -> list[str]:
     problems = []
     for index, file in enumerate(files):
         try:
-            add_file(file)
+            load_file(file)
         except PluginError as error:
             problems.append(Problem(f"plugins[{index}]", str(error)))
     if problems:
