@@ -11,6 +11,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
@@ -91,7 +93,7 @@ def candidates(kind: str) -> dict[str, list[Candidate]]:
 
     `DRIVETRAIN_PLUGINS=off` hides them all; a comma-separated list keeps only the names, `kind:name`s or distributions it holds.
     """
-    found = {candidate for candidates_of in _FILES.values() for candidate in candidates_of if candidate.kind == kind}
+    found = {candidate for candidate in _named.get() if candidate.kind == kind}
     for entry in _entry_points(_path_state()).select(group=f"drivetrain.{kind}"):
         found.add(_candidate(kind, entry))
     by_name: dict[str, list[Candidate]] = {}
@@ -128,30 +130,46 @@ def _path_state() -> tuple[tuple[str, int], ...]:
     return tuple(state)
 
 
-# Components of files that a caller named, for as long as the process lives, as with any import.
-_FILES: dict[Path, tuple[Candidate, ...]] = {}
+# The modules of files by path and content, for as long as the process lives, as with any import; a file that was edited is another.
+_LOADED: dict[tuple[Path, str], tuple[Candidate, ...]] = {}
+# What has a name because a configuration names its file: only in the thread or task, and while, that configuration is at work.
+_named: ContextVar[tuple[Candidate, ...]] = ContextVar("drivetrain_files", default=())
 
 
-def add_file(path: str | Path) -> None:
-    """Make the components that a Python file defines usable by name, `LossFloor` as "loss_floor", under the rules of installed ones.
+@contextmanager
+def naming(files: Any) -> Iterator[None]:
+    """A block in which the components of these files can be found by name; what cannot be loaded is left out."""
+    found = list(_named.get())
+    for file in files if isinstance(files, (list, tuple)) else ():
+        with suppress(PluginError, TypeError):
+            found += [candidate for candidate in load_file(file) if candidate not in found]
+    token = _named.set(tuple(found))
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
-    The file is code and runs: only a caller or a command line may name it, never a configuration file. It is read once.
+
+def load_file(path: str | Path) -> tuple[Candidate, ...]:
+    """The components that a Python file defines, `LossFloor` as "loss_floor", under the rules of installed ones.
+
+    The file is code and runs: only a caller or a command line may name it, never a configuration file. It runs once for each content.
 
     Raises:
         PluginError: when there is no such file, it fails, or it defines no component.
     """
     file = Path(path).resolve()
-    if file in _FILES:
-        return
     if file.suffix != ".py" or not file.is_file():
         raise PluginError(f"{path} is no Python file; name one such as ./my_plugin.py.")
     place, content = (hashlib.sha256(data).hexdigest()[:12] for data in (str(file).encode(), file.read_bytes()))
-    name = f"drivetrain_file_{re.sub(r'[^A-Za-z0-9_]', '_', file.stem)}_{place}"
+    if (file, content) in _LOADED:
+        return _LOADED[file, content]
+    name = f"drivetrain_file_{re.sub(r'[^A-Za-z0-9_]', '_', file.stem)}_{place}_{content}"
     spec = util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), str(file), "exec"), vars(module))  # a loader may take an older version for this one
     except Exception as error:
         del sys.modules[name]
         raise PluginError(f"{path} failed to load: {type(error).__name__}: {error}.") from error
@@ -160,7 +178,8 @@ def add_file(path: str | Path) -> None:
         raise PluginError(
             f"{path} defines no component: decorate a subclass of Callback or of another kind's base with @component."
         )
-    _FILES[file] = tuple(_of_file(file.name, content, cls) for cls in found)
+    _LOADED[file, content] = tuple(_of_file(file.name, content, cls) for cls in found)
+    return _LOADED[file, content]
 
 
 def _is_component(thing: Any) -> bool:

@@ -24,7 +24,7 @@ from drivetrain.hooks import Event
 from drivetrain.manifest import Change, compare, describe
 from drivetrain.output import Step, TrainOutput
 from drivetrain.precision import Precision
-from drivetrain.registry import load
+from drivetrain.registry import load, naming
 from drivetrain.rng import full_state, in_turns, mix, seed_all, set_full_state
 from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
@@ -102,7 +102,7 @@ class Trainer:
             strategy=strategy,
             device=device,
         )
-        with _judged(self.ctx):
+        with _judged(self.ctx), naming(config.plugins):
             self._run = Run(given, self.ctx)
 
     # -- training ----------------------------------------------------------------------------------------------------------
@@ -455,7 +455,9 @@ class Trainer:
         ctx, run = self.ctx, self._run
         self._interrupt = error
         self.stop("interrupted by Ctrl-C")
-        ctx.stop_reason = ctx.stop_reason or ctx.stop_wanted
+        if ctx.stop_reason is None or ctx.at_end:  # at the end it has come into the last log or evaluation
+            ctx.stop_reason = "interrupted by Ctrl-C"
+        ctx.interrupted, ctx.at_end = True, False
         if not run.loop.is_whole:
             ctx.exception = error
             ctx.optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -283,9 +284,8 @@ def test_components_made_in_python_go_through_a_file(tmp_path: Path, monkeypatch
 
     monkeypatch.setenv("DRIVETRAIN_PLUGINS", "early_stopping,named")
     entry = metadata.EntryPoint("named", f"{__name__}:Named", "drivetrain.callback")
-    monkeypatch.setitem(
-        registry._FILES, Path(__file__), (registry.Candidate("callback", "named", "x", "1", entry.value, (), entry),)
-    )
+    made = registry.Candidate("callback", "named", "x", "1", entry.value, (), entry)
+    monkeypatch.setattr(registry, "_named", ContextVar("named", default=(made,)))
 
     config = TrainingConfig(callbacks=[EarlyStoppingCallback(patience=3), Named(ratio=None)])
     path = tmp_path / f"config.{suffix}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,6 @@ class Descent(OptimizerComponent):
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "_FILES", {})
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
     yield tmp_path
 
@@ -101,11 +101,10 @@ def test_files_that_are_no_plugins_are_problems_with_a_path(project: Path, name:
 
 def test_two_files_with_one_name_are_a_conflict_that_a_prefix_solves(project: Path) -> None:
     (project / "other.py").write_text(PLUGIN)
-    registry.add_file("my_plugin.py")
-    registry.add_file("other.py")
-    with pytest.raises(PluginError, match="2 installed distributions provide the callback 'loss_floor'"):
-        registry.find("callback", "loss_floor")
-    chosen = make_component("callback", "other.py:loss_floor")
+    with registry.naming(["my_plugin.py", "other.py"]):
+        with pytest.raises(PluginError, match="2 installed distributions provide the callback 'loss_floor'"):
+            registry.find("callback", "loss_floor")
+        chosen = make_component("callback", "other.py:loss_floor")
     assert chosen.origin.startswith("other.py ")
 
 
@@ -113,20 +112,58 @@ def test_any_name_of_a_file_will_do_and_its_content_is_its_version(project: Path
     for folder in ("one", "two"):
         (project / folder).mkdir()
         (project / folder / "my-own plugin.v2.py").write_text(PLUGIN)
-        registry.add_file(f"{folder}/my-own plugin.v2.py")
-    first, second = registry.candidates("callback")["loss_floor"]
+    with registry.naming([f"{folder}/my-own plugin.v2.py" for folder in ("one", "two")]):
+        first, second = registry.candidates("callback")["loss_floor"]
     assert first.version == second.version, "moving a file is no change of it"
     assert first.load() is not second.load()
 
 
 def test_the_switch_for_plugins_holds_for_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.add_file("my_plugin.py")
-    assert registry.is_installed("callback", "loss_floor")
-    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
-    assert not registry.is_installed("callback", "loss_floor")
+    with registry.naming(["my_plugin.py"]):
+        assert registry.is_installed("callback", "loss_floor")
+        monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+        assert not registry.is_installed("callback", "loss_floor")
 
 
 def test_a_private_class_is_not_offered() -> None:
-    registry.add_file("my_plugin.py")
-    assert not registry.is_installed("callback", "_hidden")
-    assert not registry.is_installed("callback", "hidden")
+    with registry.naming(["my_plugin.py"]):
+        assert registry.is_installed("callback", "loss_floor")
+        assert not registry.is_installed("callback", "_hidden")
+        assert not registry.is_installed("callback", "hidden")
+
+
+def test_an_edited_file_is_read_again_and_what_was_made_before_stays(project: Path) -> None:
+    before = TrainingConfig(plugins=["./my_plugin.py"], callbacks=["loss_floor"])
+    (old,) = before.components().callbacks
+    (project / "my_plugin.py").write_text(PLUGIN.replace("default=0.0", "default=7.0"))
+    (new,) = TrainingConfig(plugins=["./my_plugin.py"], callbacks=["loss_floor"]).components().callbacks
+    assert (old.options(), new.options()) == ({"floor": 0.0}, {"floor": 7.0})
+    assert old.origin != new.origin, "a run that goes on notices the change"
+
+
+def test_a_file_has_names_for_the_configuration_that_names_it_and_for_no_other(project: Path) -> None:
+    (project / "other.py").write_text(PLUGIN)
+    configs = [TrainingConfig(plugins=[f"./{file}"], callbacks=["loss_floor"]) for file in ("my_plugin.py", "other.py")]
+
+    def origin(config: TrainingConfig) -> str:
+        (callback,) = config.components().callbacks
+        return callback.origin.partition(" ")[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(origin, configs * 20)) == ["my_plugin.py", "other.py"] * 20
+    assert not registry.is_installed("callback", "loss_floor")
+    with pytest.raises(ConfigError, match="no plugin named 'loss_floor'"):
+        TrainingConfig(callbacks=["loss_floor"]).components()
+
+
+def test_a_mode_of_a_file_is_one_of_its_configuration(project: Path) -> None:
+    (project / "modes.py").write_text(
+        "from typing import ClassVar\nfrom drivetrain import Component, component\n"
+        "@component\nclass Frozen(Component):\n    kind: ClassVar[str] = 'mode'\n"
+    )
+    assert TrainingConfig(plugins=["./modes.py"], training_mode="frozen").components().single["training_mode"].kind == "mode"
+    config = TrainingConfig(plugins=["./modes.py"])
+    config.training_mode = "frozen"
+    assert config.mode_name == "frozen"
+    with pytest.raises(ConfigError):
+        TrainingConfig(training_mode="frozen")
