@@ -75,7 +75,7 @@ def _with_files(method: Callable[Concatenate[TrainingConfig, P], R]) -> Callable
     """Let the components of the files in `plugins` have their names while a method of the configuration is at work."""
 
     @wraps(method)
-    def run(config: TrainingConfig, *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(config: TrainingConfig, /, *args: P.args, **kwargs: P.kwargs) -> R:
         with naming(config.plugins):
             return method(config, *args, **kwargs)
 
