@@ -310,8 +310,8 @@ class Run:
         """Evaluate on the run's evaluation data, if there is some."""
         if self.eval_source is None:
             return
-        self.evaluated_at = self.ctx.step
         self.evaluate()
+        self.evaluated_at = self.ctx.step  # when it is complete: one that was interrupted is made up for
 
     def finish(self) -> bool:
         """At a regular end: log and evaluate what is left over, by a stop or by an earlier process that was interrupted in it.

@@ -672,6 +672,12 @@ class CtrlC(Callback):
     def on_log(self, ctx: CallbackContext) -> None:
         self.at("log", ctx)
 
+    def on_evaluate_batch(self, ctx: CallbackContext) -> None:
+        self.at("evaluation", ctx)
+
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        self.heard.append("evaluated")
+
     def on_preempt(self, ctx: CallbackContext) -> None:
         self.heard.append("preempt")
 
@@ -695,9 +701,10 @@ def interrupted(place: str, folder: Path, *more: Callback) -> tuple[Trainer, Ctr
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
     cfg = config(per_device_batch_size=4, log_interval="2st", max_duration="10st", output_dir=folder, run_name="a")
-    press = CtrlC(place)
+    cfg.eval_interval = "100st"
+    press, data = CtrlC(place), regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, callbacks=[press, *more]), press
+    return Trainer(model, cfg, data, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=[press, *more]), press
 
 
 @pytest.mark.parametrize(("place", "heard"), [("step", ["exception", "end"]), ("log", ["preempt", "end"])])
@@ -725,15 +732,16 @@ def test_a_second_ctrl_c_is_raised(tmp_path: Path) -> None:
     assert press.heard == ["preempt", "end"]
 
 
-@pytest.mark.parametrize(("place", "saved"), [("step", 4), ("log", 6)])
+@pytest.mark.parametrize(("place", "saved"), [("step", 4), ("log", 6), ("evaluation", 10)])
 @pytest.mark.usefixtures("terminal")
 def test_after_ctrl_c_a_run_goes_on_exactly(tmp_path: Path, place: str, saved: int) -> None:
     """From the end of the last step where it came between two, from the checkpoint before in the middle of one."""
     checkpoint = pytest.importorskip("drivetrain_checkpoint")
 
     def sitting(folder: Path, place: str) -> Trainer:
-        trainer, _ = interrupted(place, folder, checkpoint.CheckpointCallback(every="4st"))
-        trainer.train()
+        trainer, press = interrupted(place, folder, checkpoint.CheckpointCallback(every="4st"))
+        assert trainer.train().completed is (place == "")
+        assert ("evaluated" in press.heard) is (place == "")
         return trainer
 
     first = sitting(tmp_path / "cut", place)
