@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from drivetrain.prepare import repeated_blocks as repeated_blocks
     from drivetrain.presets import get_pretraining_config as get_pretraining_config
     from drivetrain.presets import get_qlora_config as get_qlora_config
+    from drivetrain.presets import parameters_of as parameters_of
     from drivetrain.registry import is_installed as is_installed
     from drivetrain.strategy import Strategy as Strategy
     from drivetrain.synchronizer import GradientSynchronizer as GradientSynchronizer
@@ -88,6 +89,7 @@ _HOME = {
     "load_training_config": "config",
     "make_component": "components",
     "option": "components",
+    "parameters_of": "presets",
     "repeated_blocks": "prepare",
     "state": "components",
 }

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from typing import Any
 
-from drivetrain import is_installed
+from drivetrain import is_installed, parameters_of
 
-# By the first that occurs in the model's name; sizes in parameters of the members whose names do not say theirs.
-FAMILIES: dict[str, dict[str, float]] = {
-    "smollm": {},
-    "llama": {},
-    "mistral": {"small": 24e9, "nemo": 12e9, "large": 123e9},
-    "mixtral": {},
-    "qwen": {},
-    "gemma": {},
-    "phi": {"phi-1": 1.3e9, "phi-2": 2.7e9, "phi-3-mini": 3.8e9, "phi-3.5-mini": 3.8e9, "phi-3-small": 7e9, "phi-3-medium": 14e9,
-            "phi-4-mini": 3.8e9, "phi-4": 14e9},
-    "gpt2": {"gpt2-medium": 355e6, "gpt2-large": 774e6, "gpt2-xl": 1.5e9, "gpt2": 124e6},
-}  # fmt: skip
-_SIZE = re.compile(r"(?<![a-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([mb])(?![a-z0-9])")
+FAMILIES = (
+    "smollm",
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen",
+    "gemma",
+    "phi",
+    "gpt2",
+)  # by the first that occurs in a model's name
+# What a family needs of the model. Gemma 2 caps attention's logits (Gemma Team 2024, arXiv:2408.00118, section 2), which only
+# the plain implementation computes and SDPA leaves out.
+_OF_MODEL: dict[str, dict[str, str]] = {"gemma2": {"attention": "eager"}}
 _LARGE = 13e9  # parameters; from here on the paper halves learning rate and dropout
 
 
 def qlora(model_name: str) -> dict[str, Any]:
     """Recommended settings for QLoRA fine-tuning of `model_name`, as the table of a configuration.
 
-    The values are those of Dettmers et al. 2023 (arXiv:2305.14314, appendix B, and the scripts beside it), for every family the
-    same: they depend on the size alone, which is read from the name ("7B", "135M"). Of a name without a known family or size a
-    warning says that the settings are generic: those for models up to 13B.
+    The values are those of Dettmers et al. 2023 (arXiv:2305.14314, appendix B, and the scripts beside it), which follow from the
+    size, read from the name ("7B", "135M"); what the family adds is how the model is to be loaded (`_OF_MODEL`). The optimizer's
+    state is paged where there is a CUDA device. Of a name without a known family or size a warning says that the settings are
+    generic: those for models up to 13B.
     """
     family, size = family_and_size(model_name)
     if family is None or size is None:
@@ -38,7 +38,9 @@ def qlora(model_name: str) -> dict[str, Any]:
             f"preset qlora: {model_name!r} is of {what}; the settings are the generic ones, for models up to 13B.", stacklevel=2
         )
     large = size is not None and size > _LARGE
-    model = {"model": {"use": "transformers", "path": model_name, "dtype": "bf16"}}
+    plain = _plain(model_name)
+    needs = next((options for member, options in _OF_MODEL.items() if plain.replace("-", "").startswith(member)), {})
+    model = {"model": {"use": "transformers", "path": model_name, "dtype": "bf16", **needs}}
     return {
         "training_mode": {"use": "qlora", "r": 64, "alpha": 16.0, "dropout": 0.05 if large else 0.1},
         "model_name": model_name,
@@ -61,14 +63,13 @@ def qlora(model_name: str) -> dict[str, Any]:
 
 def family_and_size(model_name: str) -> tuple[str | None, float | None]:
     """The family that a model's name tells, and its number of parameters; None for what it does not tell."""
-    name = re.sub(r"\.(gguf|safetensors)$", "", model_name.rstrip("/").rpartition("/")[2].lower()).replace("_", "-")
-    spelled = name.replace("gpt-2", "gpt2")
-    family = next((family for family in FAMILIES if family in spelled), None)
-    if found := _SIZE.search(spelled):
-        experts, number, unit = found.groups()
-        return family, int(experts or 1) * float(number) * (1e9 if unit == "b" else 1e6)
-    members = FAMILIES[family] if family else {}
-    return family, next((members[m] for m in sorted(members, key=len, reverse=True) if m in spelled), None)
+    name = _plain(model_name)
+    return next((family for family in FAMILIES if family in name), None), parameters_of(model_name)
+
+
+def _plain(model_name: str) -> str:
+    """The last part of a name or path, spelled alike."""
+    return model_name.rstrip("/").rpartition("/")[2].lower().replace("_", "-").replace("gpt-2", "gpt2")
 
 
 def _has_cuda() -> bool:

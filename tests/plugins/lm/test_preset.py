@@ -6,9 +6,9 @@ import warnings
 
 import pytest
 
-from drivetrain import Duration, TrainingMode, get_pretraining_config
+from drivetrain import Duration, TrainingMode, get_pretraining_config, parameters_of
 from drivetrain_lm import pretraining
-from drivetrain_lm.preset import batch_and_rate, size_of
+from drivetrain_lm.preset import batch_and_rate
 
 
 def test_gives_a_configuration() -> None:
@@ -27,8 +27,19 @@ def test_tokens_batch_and_rate_follow_from_the_size() -> None:
     assert (small.max_duration, large.max_duration) == (Duration(2.5e9, "tok"), Duration(140e9, "tok"))
     assert (small.optimizer["lr"], large.optimizer["lr"]) == (0.0016, 0.00059)
     assert (small.global_batch_size, large.global_batch_size) == (128, 2048)  # rows of 2048: 0.26 and 4.2 million tokens
-    given = get_pretraining_config("llama-7b", max_duration="1e9tok")
-    assert given.max_duration == Duration(1e9, "tok")
+
+
+def test_with_another_number_of_tokens_batch_and_rate_follow() -> None:
+    """As DeepSeek LLM 7B was trained, on 2e12 tokens (arXiv:2401.02954, table 2): 9.4 million tokens at 4.2e-4."""
+    given = get_pretraining_config("llama-7b", max_duration="2e12tok")
+    assert given.max_duration == Duration(2e12, "tok")
+    assert given.optimizer["lr"] == pytest.approx(4.2e-4, rel=0.03)
+    assert given.global_batch_size == 4096  # rows of 2048: 8.4 million, the nearest power of two
+    assert given.origin("max_duration") == "python"
+    plain, steps = get_pretraining_config("llama-7b"), get_pretraining_config("llama-7b", max_duration="500st")
+    assert steps.max_duration == Duration(500, "st")
+    assert (steps.optimizer, steps.global_batch_size) == (plain.optimizer, plain.global_batch_size)
+    assert plain.global_batch_size != given.global_batch_size
 
 
 @pytest.mark.parametrize(
@@ -49,11 +60,14 @@ def test_the_fit_gives_what_its_authors_used(parameters: float, tokens: float, b
         ("openai-community/gpt2-large", 774e6),
         ("SmolLM2-135M", 135e6),
         ("x/Qwen2.5-0.5B", 0.5e9),
+        ("mistralai/Mixtral-8x7B-v0.1", 46.7e9),
+        ("microsoft/phi-2", 2.7e9),
+        ("own-8x3b", 24e9),
         ("nano", None),
     ],
 )
 def test_sizes_in_names(name: str, size: float | None) -> None:
-    assert size_of(name) == size
+    assert parameters_of(name) == size
 
 
 def test_a_name_without_a_size_gets_generic_settings_and_is_told() -> None:

