@@ -66,8 +66,21 @@ class Acts(Callback):
     def on_step_start(self, ctx: CallbackContext) -> None:
         self.model.step = ctx.step
 
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        """Let the fault happen where the ranks ask each other whether to stop."""
+        meet = ctx.strategy.meet
+
+        def at_the_vote(wanted: bool) -> bool:
+            if ctx.step == AT:
+                self.fault.at("vote")
+            return meet(wanted)
+
+        ctx.strategy.meet = at_the_vote  # type: ignore[method-assign]
+
     def on_step_end(self, ctx: CallbackContext) -> None:
         self.now = ctx.step
+        if self.fault.where == "vote" and self.now == AT and not self.fault.is_mine and not self.fault.mark.exists():
+            ctx.stop("enough")
 
     def on_evaluate_batch(self, ctx: CallbackContext) -> None:
         if ctx.step == AT:
@@ -85,6 +98,7 @@ class Acts(Callback):
 def main(folder: Path, how: str, where: str, rank: int) -> None:
     strategy = "mpi" if "OMPI_COMM_WORLD_RANK" in os.environ else os.environ.get("STRATEGY", "ddp")
     mine = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", "0")))
+    (folder / f"pid-{mine}").write_text(str(os.getpid()))
     torch.manual_seed(0)
     model = Model(Fault(folder, how, where, mine == rank))
     data = TensorDataset(torch.rand(64, 4), torch.rand(64, 1))
@@ -95,7 +109,7 @@ def main(folder: Path, how: str, where: str, rank: int) -> None:
         output_dir=folder,
         run_name="a",
         standard_callbacks=False,
-        distributed={"use": strategy, "timeout": 8.0},
+        distributed={"use": strategy, "timeout": float(os.environ.get("TIMEOUT", "8"))},
     )
     parts = {"optimizer": torch.optim.AdamW(model.parameters(), lr=0.1), "precision": Precision(), "loss": nn.MSELoss()}
     callbacks = [Acts(model.fault, model), CheckpointCallback(every="2st", keep_last=None)]
