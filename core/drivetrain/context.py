@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain.duration import Duration
+from drivetrain.errors import PluginError
 
 if TYPE_CHECKING:
     from drivetrain.components import Component
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from drivetrain.run import Run
     from drivetrain.strategy import Strategy
     from drivetrain.trainer import Trainer
+
+
+OWN_VALUES = frozenset(("train/loss", "train/lr", "train/grad_norm"))
 
 
 class CallbackContext:
@@ -64,6 +68,7 @@ class CallbackContext:
     microbatch_loss: Tensor | Loss | None = None  # (may be replaced in on_loss) with gradient; a mean or a `Loss`
     microbatch: int = 0  # index within the step
     microbatches: int = 1  # how many this step has
+    counts: bool = True  # in on_evaluate_batch: False for a batch that stands in where other ranks have more, and counts for nothing
     microbatch_parts: int = 1  # in how many parts each microbatch of the data is divided, since memory has run out
     window: list[Any]  # all of them, as they came from the data, from on_step_start to on_step_end
     left_out: set[tuple[int, int]]  # windows to pass over, as (epoch, index); may be added to, alike on all ranks
@@ -99,7 +104,11 @@ class CallbackContext:
 
     @property
     def loss(self) -> float:
-        """The step's mean loss as a number. Reading it waits for the device, once for each step."""
+        """The step's mean loss as a number. Reading it waits for the device, once for each step.
+
+        With several ranks it is this one's share, of which the mean over ranks is the loss: that would be a collective. In the log,
+        `metrics["train/loss"]` is the mean over all ranks and over the steps since the last log.
+        """
         if self._loss_value is None:
             self._loss_value = float("nan") if self.loss_tensor is None else self.loss_tensor.item()
         return self._loss_value
@@ -189,7 +198,14 @@ class CallbackContext:
         return self.run.call.loss(self.run.call.forward(self.model, batch), batch)
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
-        """Record values under names such as "train/accuracy"; tensors are read from the device at the next logging step."""
+        """Record values under names such as "train/accuracy"; tensors are read from the device at the next logging step.
+
+        Raises:
+            PluginError: for the names of the engine's own values.
+        """
+        if not OWN_VALUES.isdisjoint(values):
+            taken = ", ".join(sorted(OWN_VALUES & set(values)))
+            raise PluginError(f"ctx.log: {taken} is what the engine itself logs; choose another name.")
         self._pending.update(values)
 
     def rehearsal(self, batch_size: int | None = None) -> AbstractContextManager[Callable[[], Tensor]]:

@@ -55,6 +55,7 @@ def evaluate(
                     ctx.outputs = call.forward(ctx.model, ctx.batch)
                     sums.add(ctx.outputs, ctx.batch, call, counts=count > 0)
                 if events.evaluate_batch is not None:
+                    ctx.counts = count > 0
                     events.evaluate_batch(ctx)
             ctx.eval_metrics = sums.values(ctx.strategy)
             if events.evaluate_end is not None:

@@ -181,7 +181,10 @@ class EventSpecs:
 
     @spec
     def on_evaluate_batch(self, ctx: CallbackContext) -> None:
-        """One evaluation batch has run: `ctx.batch` and `ctx.outputs` are its own."""
+        """One evaluation batch has run: `ctx.batch` and `ctx.outputs` are its own. `ctx.counts` is False where it only stands in.
+
+        All ranks have equally many; one that has fewer samples is given batches again, which no result counts.
+        """
 
     @spec
     def on_evaluate_end(self, ctx: CallbackContext) -> None:

@@ -32,6 +32,10 @@ class Tracker(Component):
         """Record values under their names ("train/loss", "eval/accuracy"). A step may come twice, with different names."""
         raise NotImplementedError(f"{type(self).__name__} must define log(values, step)")
 
+    def rewind(self, step: int) -> None:
+        """The run goes back to `step`, and will train the steps behind it anew: take back what is recorded beyond, or, where that
+        cannot be, leave out what will be repeated. No step may be there twice."""
+
     def config(self, values: Mapping[str, Any], step: int) -> None:
         """Record the run's configuration, nested plain data without its secrets; by default as a text."""
         self.text("config", json.dumps(values, indent=2, default=str), step)
@@ -50,5 +54,5 @@ class Tracker(Component):
 
 
 def printable(name: str) -> str:
-    """A name with `?` for newlines, escape codes and whatever else a page or a terminal would act on instead of showing."""
-    return "".join(char if char.isprintable() else "?" for char in name)
+    """A text in which newlines, escape codes and whatever else a page or a terminal would act on are written as `\\x1b` and so on."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in name)

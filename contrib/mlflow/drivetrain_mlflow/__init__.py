@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,8 @@ class MlflowTracker(Tracker):
 
     By default into a SQLite file `mlflow.db` beside the run's directory; look at it with
     `mlflow ui --backend-store-uri sqlite:///runs/mlflow.db`. The run's id is part of every checkpoint: a resumed run goes on as the same
-    one, and steps that the store has already are not written twice. A server that cannot be reached or refuses the login is said once,
+    one, and steps that the store has already are not written twice; nor are they when a run goes back to an earlier state, for MLflow
+    takes no value back. A server that cannot be reached or refuses the login is said once,
     and the run is recorded into that file instead; so is the rest of a run whose server is lost later, until it is resumed.
     """
 
@@ -60,7 +62,9 @@ class MlflowTracker(Tracker):
     _id: Any = attrs.field(default=None, init=False, repr=False)  # of the run in `_client`'s store
     _local: Any = attrs.field(default=None, init=False, repr=False)  # the file's address, its artifacts' and the run's name
     _is_local: bool = attrs.field(default=False, init=False, repr=False)
-    _known: dict[str, int] = attrs.field(factory=dict, init=False, repr=False)  # by name: the last step in the store
+    _known: dict[str, int] = attrs.field(factory=dict, init=False, repr=False)  # by name: up to here nothing is written again
+    _newest: dict[str, int] = attrs.field(factory=dict, init=False, repr=False)  # by name: the last step of this sitting
+    _keys: dict[str, str] = attrs.field(factory=dict, init=False, repr=False)  # by MLflow's name: ours
 
     def start(self, ctx: CallbackContext) -> None:
         """Make a run in the store, or go on with it."""
@@ -128,11 +132,23 @@ class MlflowTracker(Tracker):
         """Record values. MLflow's database has no infinity, so it keeps the largest number in its place; NaN it has."""
         now, metrics = round(time.time() * 1000), []
         for name, value in values.items():
-            key = _named(name)
+            key = self._key(name)
             if step > self._known.get(key, -1):
                 metrics.append(Metric(key, float(value), now, step))
+                self._newest[key] = step
         if metrics:
             self._send(lambda: self._client.log_batch(self._id, metrics=metrics))
+
+    def _key(self, name: str) -> str:
+        """A name that MLflow takes, and that no other name of this run has."""
+        key = _named(name)
+        if self._keys.setdefault(key, name) != name:
+            key = f"{key[:240]}-{zlib.crc32(name.encode()):08x}"
+        return key
+
+    def rewind(self, step: int) -> None:
+        """Leave out what is repeated: MLflow takes nothing back, and would have two values of a step."""
+        self._known |= self._newest
 
     def text(self, name: str, text: str, step: int) -> None:
         """Record a text as an artifact."""

@@ -56,10 +56,10 @@ class AnomalyCallback(Callback):
 
     Each anomaly is a line of RUN_DIR/events.jsonl with step, loss, gradient norm, tensor and sample indices, and a warning.
 
-    Cost: three operations on one number a step, with the gradient norm that `max_grad_norm` needs anyway (without a limit it is computed),
-    and some 30 more every `renew_every` steps, when means and limits are renewed. A fused optimizer leaves a bad update out on the device. Before
-    any other, the host reads one value a step; with a loss scale only if spikes are to be kept out. `loss_factor` with several processes
-    costs an all-reduce of one number a step.
+    Cost: three operations on one number a step, with the gradient norm that `max_grad_norm` needs anyway (without a limit it is
+    computed), and some 30 more every `renew_every` steps, when means and limits are renewed. A fused optimizer leaves a bad update out
+    on the device. Before any other, the host reads one value a step; with a loss scale only if spikes are to be kept out.
+    `loss_factor` with several processes costs an all-reduce of one number a step.
     """
 
     nonfinite: Policy = option(default="raise", help="what to do about NaN and infinity: raise, skip, rollback or ignore")
@@ -97,6 +97,9 @@ class AnomalyCallback(Callback):
     _judge: Any = attrs.field(default=None, init=False, repr=False)  # tells whether to veto; None when nothing ever is
     _guard: Any = attrs.field(default=None, init=False, repr=False)  # the limits above which it does
     _ctx: Any = attrs.field(default=None, init=False, repr=False)
+    _to_tell: list[Anomaly] = attrs.field(
+        factory=list, init=False, repr=False
+    )  # found before the run went back, told in the next log
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -206,9 +209,12 @@ class AnomalyCallback(Callback):
         """Hear what was found since the last log, and act on it."""
         found = self._read(ctx, together=True)
         for kind in ("spike", "nonfinite"):
-            if count := sum(anomaly.kind == kind for anomaly in found):
+            if count := sum(anomaly.kind == kind for anomaly in [*self._to_tell, *found]):
                 ctx.metrics[f"anomaly/{kind}"] = float(count)
+        for anomaly in self._to_tell:  # what trackers had of it they have taken back
+            ctx.show("text", "anomaly", f"{anomaly}: went back")
         back = [a for a in found if self._policy(a) == "rollback" and a.step > self._snapshot_step]
+        self._to_tell = [*self._to_tell, *back] if back else []
         for anomaly in found:
             self._tell(ctx, anomaly, back)
         if fatal := next((a for a in found if self._policy(a) == "raise"), None):
@@ -290,7 +296,12 @@ class AnomalyCallback(Callback):
             losses = ctx.strategy.sum(torch.stack([row.loss for row in unread])) / ctx.strategy.world_size
             numbers = [(loss, *rest) for loss, (_, *rest) in zip(losses.tolist(), numbers, strict=True)]
         found = [(row, n, verdict) for row, n in zip(unread, numbers, strict=True) if (verdict := self._judged(n))]
+        if together and self._sharded:  # each process has the norms of its parts, and all are to name the same gradient
+            found = [(self._with_whole_norms(ctx, row), n, verdict) for row, n, verdict in found]
         return [self._anomaly(ctx, row, n, *verdict) for row, n, verdict in found]
+
+    def _with_whole_norms(self, ctx: CallbackContext, row: Unread) -> Unread:
+        return row if row.norms is None else row._replace(norms=ctx.strategy.sum(row.norms.float().square()).sqrt())
 
     def _is_suspicious(self, ctx: CallbackContext, numbers: list[Any]) -> bool:
         """Whether the losses of the other ranks are worth asking for; all ranks say the same."""
@@ -317,6 +328,8 @@ class AnomalyCallback(Callback):
             did = f"went back to step {self._snapshot_step}"
         if ctx.is_main:
             append(ctx.run_dir, anomaly, policy, did)
+            if anomaly not in back:
+                ctx.show("text", "anomaly", f"{anomaly}: {did}")
             _said.warning("%s. %s: %s.", anomaly, policy, did)
 
     # -- going back ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 import attrs
 from torch import Tensor, nn
 
-from drivetrain import Callback, ConfigError, Duration, component, hook, option, state
+from drivetrain import Callback, ConfigError, DrivetrainError, Duration, component, hook, option, state
 from drivetrain_checkpoint.background import InFlight, Work, at_once, in_background
 from drivetrain_checkpoint.errors import CheckpointError, CheckpointFailure
 from drivetrain_checkpoint.files import Files
@@ -127,6 +127,9 @@ class CheckpointCallback(Callback):
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Find out before the first step what the first save would: a disk that refuses, a state that cannot be stored."""
         self._running, self._preempted, self._is_due = True, False, False
+        if self.best is not None and (ctx.eval_batches == 0 or ctx.config.eval_interval is None):
+            lacks = "has no evaluation data" if ctx.eval_batches == 0 else "evaluates never, since eval_interval is false"
+            raise DrivetrainError(f"checkpoint tells the best by {self.best}, but the run {lacks}.")
         tree = ctx.state_dict(own=is_divided(ctx))
         changing = [name for event in _BEFORE_THE_STEP for name in ctx.trainer.listeners().get(event, [])]
         self._changes_early = any(name.startswith("optimizer:") for name in changing)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from drivetrain import Callback, DrivetrainError, component, option, state
+from drivetrain import Callback, DrivetrainError, component, hook, option, state
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 __all__ = ["EarlyStoppingCallback"]
-
-_said = logging.getLogger("drivetrain.early_stopping")
 
 
 def _at_least(minimum: float) -> Any:
@@ -55,24 +52,26 @@ class EarlyStoppingCallback(Callback):
         """Keep a run that had stopped from training on (huggingface/transformers#10290); more patience lets it."""
         if self.monitor.startswith("eval/") and ctx.config.eval_interval is None:
             raise DrivetrainError(f"early_stopping watches {self.monitor}, but eval_interval is false; set it, such as to 1ep")
-        if self.monitor.startswith("eval/") and ctx.eval_batches == 0 and ctx.is_main:
-            _said.warning("early stopping watches %s, but the run has no evaluation data.", self.monitor)
+        if self.monitor.startswith("eval/") and ctx.eval_batches == 0:
+            raise DrivetrainError(f"early_stopping watches {self.monitor}, but the run has no evaluation data; give it some")
         if self.stopped and self.misses >= self.patience:
             ctx.stop(self.stopped)
         else:
             self.stopped = None
 
+    @hook(trylast=True)
     def on_evaluate_end(self, ctx: CallbackContext) -> None:
-        """Look at a metric of the evaluation."""
+        """Look at a metric of the evaluation, when the other callbacks have added theirs."""
         if self.monitor.startswith("eval/"):
             self._look(ctx, ctx.eval_metrics, "the evaluation gives")  # values of all ranks together
 
+    @hook(trylast=True)
     def on_log(self, ctx: CallbackContext) -> None:
         """Look at a metric of the log."""
         if not self.monitor.startswith("eval/"):
-            self._look(ctx, ctx.metrics, "the log has", local=True)
+            self._look(ctx, _over_ranks(ctx, ctx.metrics, self.monitor), "the log has")
 
-    def _look(self, ctx: CallbackContext, metrics: Mapping[str, float], where: str, local: bool = False) -> None:
+    def _look(self, ctx: CallbackContext, metrics: Mapping[str, float], where: str) -> None:
         if self.monitor not in metrics:
             if self.looked_at is None:
                 raise DrivetrainError(_missing(self.monitor, metrics, where))
@@ -80,7 +79,7 @@ class EarlyStoppingCallback(Callback):
         if self.looked_at == ctx.step:
             return  # the same weights once more, by a call of `trainer.evaluate` or at the end of the run
         self.looked_at = ctx.step
-        value = _mean_over_ranks(ctx, metrics[self.monitor]) if local else metrics[self.monitor]
+        value = metrics[self.monitor]
         if self._improved(value):
             self.best, self.best_step, self.misses = value, ctx.step, 0
             return
@@ -109,11 +108,16 @@ class EarlyStoppingCallback(Callback):
         return f"early stopping: {self.monitor} did not improve on {target}{margin} {times} (now {value:.6g})"
 
 
-def _mean_over_ranks(ctx: CallbackContext, value: float) -> float:
-    """Each rank logs its own values; all must come to the same decision, or those that go on would wait for ever."""
+def _over_ranks(ctx: CallbackContext, metrics: Mapping[str, float], name: str) -> Mapping[str, float]:
+    """The log with the mean of one value over the ranks that have it: all must come to the same decision.
+
+    Each rank logs what it has, and all of them ask, whether they have the value or not: those that did not would leave the rest waiting.
+    """
     if ctx.strategy.world_size == 1:
-        return value
-    return float(ctx.strategy.sum(torch.tensor(value, device=ctx.device))) / ctx.strategy.world_size
+        return metrics
+    mine = [metrics.get(name, 0.0), float(name in metrics)]
+    total, count = ctx.strategy.sum(torch.tensor(mine, dtype=torch.float32, device=ctx.device)).tolist()
+    return {**metrics, name: total / count} if count else metrics
 
 
 def _missing(name: str, metrics: Mapping[str, float], where: str) -> str:

@@ -11,6 +11,7 @@ import attrs
 
 from drivetrain import Callback, ConfigError, Problem, Tracker, component, hook, make_component, option, registry
 from drivetrain.tracking import printable
+from drivetrain_logging.jsonl import JsonlTracker
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -22,18 +23,22 @@ _said = logging.getLogger("drivetrain.logging")
 class LoggingCallback(Callback):
     """Write the values of the log and of evaluations to trackers: files, boards, servers.
 
+    `jsonl` is always among them (unless the list is empty): reports are made from it. When a run goes back to an earlier state, the
+    trackers are told to take back what they have beyond it; W&B and MLflow, which cannot, leave out what is repeated.
+
     A tracker that cannot be started ends the run before it trains. One that fails later (a full disk, a server that is gone)
     does not: its first failure is said as a warning, it is tried again with the next values, and training goes on.
     """
 
     trackers: list[Any] | None = option(
         default=None,
-        help="names or tables {use: name, option: value}; by default jsonl, and tensorboard when it is installed",
+        help="names or tables {use: name, option: value}, beside jsonl; by default tensorboard when it is installed",
     )
 
     _active: list[Tracker] = attrs.field(factory=list, init=False, repr=False)
     _failed: set[str] = attrs.field(factory=set, init=False, repr=False)
     _restored: dict[str, Any] = attrs.field(factory=dict, init=False, repr=False)
+    _ctx: Any = attrs.field(default=None, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         if self.trackers is not None:  # found out now, with the rest of the configuration, and not when the run starts
@@ -43,20 +48,27 @@ class LoggingCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What each tracker must remember, such as the id of its run at a server."""
-        return {"trackers": {t.plugin_name: t.state_dict() for t in self._active} or self._restored}
+        remembered = {t.plugin_name: t.state_dict() for t in self._active} or self._restored
+        return {"trackers": remembered, "step": 0 if self._ctx is None else self._ctx.step}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Keep it for the trackers, which are made when the run starts. One that is no longer wanted is passed over."""
-        self._restored = dict(saved["trackers"])
+        """Keep it for the trackers, which are made when the run starts. One that is no longer wanted is passed over.
+
+        In the middle of a run it is the run that goes back: the trackers are told, and remember what they do.
+        """
+        if self._active:
+            self._each("go back", self._ctx, lambda tracker: tracker.rewind(saved["step"]))
+        else:
+            self._restored = dict(saved["trackers"])
 
     # -- events ----------------------------------------------------------------------------------------------------------
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Start the trackers and give them the configuration."""
-        self._active, self._failed = [], set()
+        self._ctx, self._active, self._failed = ctx, [], set()
         if not ctx.is_main:
             return
-        for tracker in _make(_default_trackers() if self.trackers is None else self.trackers):
+        for tracker in _with_jsonl(_make(_default_trackers() if self.trackers is None else self.trackers)):
             if remembered := self._restored.get(tracker.plugin_name):
                 tracker.load_state_dict(remembered)
             tracker.start(ctx)
@@ -103,6 +115,13 @@ class LoggingCallback(Callback):
 
 def _show(kind: str, name: str, value: Any, step: int, tracker: Tracker) -> None:
     getattr(tracker, kind)(name, value, step)
+
+
+def _with_jsonl(trackers: list[Tracker]) -> list[Tracker]:
+    """Reports read `metrics.jsonl`, so it is always written."""
+    if not trackers or any(isinstance(tracker, JsonlTracker) for tracker in trackers):
+        return trackers
+    return [*_make(["jsonl"]), *trackers]
 
 
 def _default_trackers() -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import attrs
 
 from drivetrain import Tracker, component
+from drivetrain.tracking import printable
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -24,9 +25,10 @@ _FIRST = ("step", "time", "epoch")
 class CsvTracker(Tracker):
     """Write `metrics.csv` into the run's directory: a row for each log and each evaluation, a column for each name.
 
-    A name that occurs for the first time adds a column, for which the file is written anew; a value that is itself named "step", "time" or
-    "epoch" is in "step_" and so on. NaN and infinity are `nan`, `inf` and `-inf`. Each row is flushed at once. After a resume from step
-    S the rows beyond S are taken back; a run that begins at step 0 leaves what it finds in `metrics.previous.csv`.
+    A name that occurs for the first time adds a column, for which the file is written anew; a value that is itself named "step", "time"
+    or "epoch" is in "step_" and so on; control characters in a name are written as `\\x1b`. NaN and infinity are `nan`, `inf` and
+    `-inf`. Each row is flushed at once. After a resume from step S the rows beyond S are taken back; a run that begins at step 0 leaves
+    what it finds in `metrics.previous.csv`.
     """
 
     _ctx: Any = attrs.field(default=None, init=False, repr=False)
@@ -46,13 +48,17 @@ class CsvTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Append one row."""
         row = {"step": step, "time": round(time.time(), 3), "epoch": round(self._ctx.position_in("ep"), 4)}
-        row |= {f"{name}_" if name in _FIRST else name: value for name, value in values.items()}
+        row |= {f"{name}_" if name in _FIRST else printable(name): value for name, value in values.items()}
         if self._file is None or not row.keys() <= set(self._columns):
             self._columns += [name for name in row if name not in self._columns]
             self._write_anew(_read(self._path))
         assert self._file is not None
         csv.DictWriter(self._file, self._columns).writerow(row)
         self._file.flush()
+
+    def rewind(self, step: int) -> None:
+        """Take back the rows of steps that will be run again."""
+        self._write_anew(row for row in _read(self._path) if _step_of(row) <= step)
 
     def close(self) -> None:
         """Close the file."""

@@ -50,6 +50,14 @@ class JsonlTracker(Tracker):
         self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         self._file.flush()
 
+    def rewind(self, step: int) -> None:
+        """Take back the lines of steps that will be run again."""
+        if self._file is not None:
+            path = self._ctx.run_dir / "metrics.jsonl"
+            self._file.close()
+            _keep_until(path, step)
+            self._file = path.open("ab")
+
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:

@@ -33,14 +33,23 @@ class TensorboardTracker(Tracker):
         factory=lambda: ["train/loss", "eval/loss"], help="metrics that the HPARAMS tab shows beside the hyperparameters"
     )
 
+    _folder: str = attrs.field(default="", init=False, repr=False)
     _writer: Any = attrs.field(default=None, init=False, repr=False)
 
     def start(self, ctx: CallbackContext) -> None:
         """Open a new event file beside those of earlier sittings."""
+        self._folder = str(ctx.run_dir / "tensorboard")
+        self._open(ctx.step + 1 if ctx.step else 0)
+
+    def _open(self, purge: int) -> None:
         # TensorBoard hides what earlier files hold from this step on: steps that are run again, or all if the run begins anew.
-        purge = ctx.step + 1 if ctx.step else 0
         # A thread writes; it would keep events for two minutes, and flushing them here would cost a log a millisecond.
-        self._writer = SummaryWriter(str(ctx.run_dir / "tensorboard"), purge_step=purge, max_queue=1000, flush_secs=1)
+        self._writer = SummaryWriter(self._folder, purge_step=purge, max_queue=1000, flush_secs=1)
+
+    def rewind(self, step: int) -> None:
+        """Open a new event file that hides what the others have beyond `step`."""
+        self.close()
+        self._open(step + 1)
 
     def config(self, values: Mapping[str, Any], step: int) -> None:
         """Record the configuration as text, and flat as hyperparameters."""

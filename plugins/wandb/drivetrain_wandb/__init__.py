@@ -37,9 +37,11 @@ class WandbTracker(Tracker):
     """Record a run at Weights & Biases: values, configuration, texts, histograms and images.
 
     The run's id is part of every checkpoint, so a resumed run goes on as the same one; what it repeats is left out, for which
-    RUN_DIR/wandb/drivetrain.json remembers what has been recorded. `mode` is W&B's own: "offline" writes to RUN_DIR/wandb, for
-    `wandb sync` later. When the server cannot be reached or refuses the login at the start, that is said once and the run is
-    recorded offline. A server that is lost later is W&B's business, which keeps everything in RUN_DIR/wandb and sends it when it can.
+    RUN_DIR/wandb/drivetrain.json remembers what has been recorded. W&B takes nothing back: when a run goes back to an earlier state,
+    the values from before, a NaN among them, stay the ones of those steps. `mode` is W&B's own: "offline" writes to RUN_DIR/wandb, for
+    `wandb sync` later. When the server cannot be reached or refuses the login at the start, that is said once and the run is recorded
+    offline. A server that is lost later is W&B's business, which keeps everything in RUN_DIR/wandb and sends it when it can; what it
+    could not send by the end is said then.
     """
 
     project: str = option(default="drivetrain", help="the project at W&B")
@@ -98,6 +100,10 @@ class WandbTracker(Tracker):
                     raise
                 time.sleep(0.5)
 
+    def rewind(self, step: int) -> None:
+        """Leave out what is repeated: W&B takes nothing back, and of two values of a step would show the last."""
+        self._before = max(self._before, self._newest, key=lambda recorded: recorded[0])
+
     def config(self, values: Mapping[str, Any], step: int) -> None:
         """Record the configuration."""
         self._run.config.update(dict(values), allow_val_change=True)
@@ -124,10 +130,17 @@ class WandbTracker(Tracker):
         self._record({printable(name): wandb.Image(_picture(image.detach().cpu()))}, step)
 
     def close(self) -> None:
-        """Finish the run. What could not be sent within the timeout stays in the run's directory."""
-        if self._run is not None:
-            self._run.finish()
-        self._run = None
+        """Finish the run. What could not be sent within the timeout stays in the run's directory, and that is said."""
+        if self._run is None:
+            return
+        run, self._run, began = self._run, None, time.monotonic()
+        online = not run.offline
+        run.finish()
+        if online and time.monotonic() - began >= self.timeout:
+            _said.warning(
+                "W&B was lost, and did not take everything within %g s. It is kept: `wandb sync --no-skip-online %s` sends it.",
+                *(self.timeout, Path(run.dir).parent),
+            )
 
     def _record(self, row: dict[str, Any], step: int) -> None:
         before, names = self._before

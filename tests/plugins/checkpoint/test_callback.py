@@ -462,6 +462,14 @@ def test_a_metric_that_does_not_exist_names_those_that_do(tmp_path):
         make(tmp_path, CheckpointCallback(best="eval/los"), **EVALUATED).train()
 
 
+def test_the_best_of_a_run_that_is_never_evaluated_is_refused_at_its_start(tmp_path: Path) -> None:
+    for options in ({"eval_interval": False}, {"evaluate": False}):
+        run = make(tmp_path, CheckpointCallback(best="eval/loss"), **{**EVALUATED, **options})
+        with pytest.raises(DrivetrainError, match="tells the best by eval/loss, but the run"):
+            run.train()
+        assert run.ctx.step == 0
+
+
 def test_a_metric_that_is_missing_once_is_a_warning(tmp_path):
     """Case 45."""
 

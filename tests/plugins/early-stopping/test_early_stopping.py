@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from typing import Any
 
@@ -142,13 +141,29 @@ def test_a_metric_that_does_not_exist_is_an_error_at_the_first_chance(monitor: s
     assert run.ctx.step <= 1
 
 
-def test_a_run_without_evaluation_data_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    run = trainer([1, 2, 3], stopping(), evaluated=False).steps()
-    next(run)  # it is said when the run begins, not when it has gone on for days
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("drivetrain.early_stopping", logging.WARNING)
-    assert "watches eval/score, but the run has no evaluation data" in record.getMessage()
-    assert len(list(run)) > 0 and len(caplog.records) == 1
+def test_a_run_without_evaluation_data_is_refused_at_its_start() -> None:
+    run = trainer([1, 2, 3], stopping(), evaluated=False)
+    with pytest.raises(DrivetrainError, match="watches eval/score, but the run has no evaluation data"):
+        run.train()
+    assert run.ctx.step == 0, "not when it has gone on for days"
+
+
+@component
+class Later(Callback):
+    """A callback after the early stopping that adds what it watches."""
+
+    def on_evaluate_end(self, ctx: Any) -> None:
+        ctx.eval_metrics["eval/later"] = 1.0
+
+    def on_log(self, ctx: Any) -> None:
+        ctx.metrics["train/later"] = 1.0
+
+
+@pytest.mark.parametrize("monitor", ["eval/later", "train/later"])
+def test_what_a_later_callback_adds_can_be_watched(monitor: str) -> None:
+    run = trainer([1, 2, 3, 4], stopping(monitor=monitor), Later())
+    run.train()
+    assert "early stopping: " + monitor in str(run.ctx.stop_reason)
 
 
 def test_the_count_goes_on_after_a_resume() -> None:
@@ -194,15 +209,25 @@ def test_all_ranks_decide_by_the_same_value() -> None:
     summed: list[float] = []
 
     def both(value: torch.Tensor) -> torch.Tensor:
-        if value.numel() > 1:  # what the engine itself agrees on
+        if value.numel() != 2:  # what the engine itself agrees on
             return value
-        summed.append(float(value))
-        return value + 10
+        summed.append(float(value[0]))
+        return value + torch.tensor([10.0, 1.0])
 
     run.ctx.strategy.sum = both  # type: ignore[method-assign]
     run.train()
     assert [value for value in summed if value in (0, 1, 2, 3)] == [3, 2, 1, 0, 0]
     assert next(c for c in run._run.components if isinstance(c, EarlyStoppingCallback)).best == 5
+
+
+def test_a_rank_that_has_not_logged_the_value_asks_for_it_all_the_same() -> None:
+    """Or the others would wait for it for ever. Here another rank has it, as 4 each time, and this one has not."""
+    run = trainer([1, 2, 3, 4, 5], stopping(monitor="train/other"), eval_interval=False)
+    run.ctx.strategy.world_size = 2
+    run.ctx.strategy.sum = lambda value: value + torch.tensor([4.0, 1.0]) if value.numel() == 2 else value  # type: ignore[method-assign]
+    run.train()
+    watcher = next(c for c in run._run.components if isinstance(c, EarlyStoppingCallback))
+    assert (watcher.best, watcher.best_step) == (4, 1) and run.ctx.stop_reason is not None
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+import drivetrain_logging.callback
 from drivetrain import Callback, ConfigError, Tracker, Trainer, TrainingConfig, component, make_component, state
 from drivetrain_logging import CsvTracker, JsonlTracker, LoggingCallback
 
@@ -118,6 +119,8 @@ def test_odd_names_stay_what_they_are_and_take_no_columns_place(tmp_path: Path, 
     found = rows(tmp_path) if tracker == "jsonl" else list(csv.DictReader(io.StringIO(text, newline="")))
     assert [int(row["step"]) for row in found] == [2, 4, 6, 8, 10, 12]
     expected = {f"{name}_" if name in ("step", "epoch") else name: float(index) for index, name in enumerate(names)}
+    if tracker == "csv":  # a sheet, or a terminal, would act on them
+        expected = {name.encode("unicode_escape").decode().replace("\\\\", "\\"): value for name, value in expected.items()}
     assert {name: float(found[0][name]) for name in expected} == expected
     assert [float(row["epoch"]) for row in found] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
 
@@ -238,7 +241,7 @@ def test_an_error_of_a_server_is_one_line_without_escape_codes(tmp_path: Path, c
 
     assert trainer(tmp_path, LoggingCallback(trackers=[Rude()])).train().completed
     (record,) = caplog.records
-    assert "RuntimeError: <html>??[31mgo away?." in record.getMessage()
+    assert "RuntimeError: <html>\\n\\x1b[31mgo away\\r." in record.getMessage()
 
 
 @pytest.mark.parametrize(("method", "action"), [("text", "record the configuration"), ("close", "close")])
@@ -308,9 +311,24 @@ def test_by_default_jsonl_and_tensorboard_if_it_is_installed(tmp_path: Path, mon
     assert os.listdir(tmp_path / "run") == ["metrics.jsonl"]
     monkeypatch.setattr("drivetrain.registry.is_installed", lambda kind, name: (kind, name) == ("tracker", "tensorboard"))
     asked = []
-    monkeypatch.setattr("drivetrain_logging.callback.make_component", lambda kind, spec, path: asked.append(spec) or Recorder())
+    make = drivetrain_logging.callback.make_component
+
+    def spy(kind: str, spec: Any, path: str) -> Any:
+        asked.append(spec)
+        return Recorder() if spec == "tensorboard" else make(kind, spec, path)
+
+    monkeypatch.setattr("drivetrain_logging.callback.make_component", spy)
     trainer(tmp_path, LoggingCallback()).train()
     assert asked == ["jsonl", "tensorboard"]
+
+
+def test_jsonl_is_written_beside_whatever_else_is(tmp_path: Path) -> None:
+    trainer(tmp_path, LoggingCallback(trackers=["csv"])).train()
+    assert {"metrics.csv", "metrics.jsonl"} <= set(os.listdir(tmp_path / "run"))
+    assert len(rows(tmp_path)) == 9
+    again = trainer(tmp_path / "own", LoggingCallback(trackers=[JsonlTracker()]))
+    again.train()
+    assert len(rows(tmp_path / "own")) == 9, "and once, where it is among them"
 
 
 def test_mistakes_are_found_with_the_configuration_all_at_once() -> None:
@@ -408,8 +426,9 @@ class TestCsv:
         tracker.log(values, 4)
         tracker.close()
         found = table(tmp_path)[-1]
-        assert {name: found[name] for name in values} == {name: str(value) for name, value in values.items()}
-        assert math.isnan(float(found["new\nline"]))
+        names = {"new\nline": "new\\nline", "esc\x1b[31m": "esc\\x1b[31m"}  # what a sheet or a terminal would act on
+        assert {name: found[names.get(name, name)] for name in values} == {name: str(value) for name, value in values.items()}
+        assert math.isnan(float(found["new\\nline"]))
         self.sitting(tmp_path, 4, 6)
         assert table(tmp_path)[1] == found, "over a resume too"
 

@@ -156,7 +156,7 @@ def test_odd_names_and_values(tmp_path: Path) -> None:
     tracker.close()
     (row,) = rows(tmp_path)
     assert math.isnan(row["a/b/c"])
-    assert (row["new?line"], row["esc?[31m"]) == (math.inf, -1.0)
+    assert (row["new\\nline"], row["esc\\x1b[31m"]) == (math.inf, -1.0)
     assert row["weights/_type"] == "histogram" and sum(row["weights/values"]) == 2
     assert (row["picture/_type"], row["picture/width"], row["picture/height"]) == ("image-file", 5, 4)
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
