@@ -50,27 +50,44 @@ def test_a_run_in_every_precision_learns_and_says_what_it_does(name: str) -> Non
     assert {p.dtype for p in made.model.parameters()} == expected
 
 
-@pytest.mark.parametrize(("made", "dtype"), [(Bf16(), torch.bfloat16), (Fp16(), torch.float16)])
-def test_a_run_is_bit_equal_to_torchs_own_loop(made: Any, dtype: torch.dtype) -> None:
-    model, expected, full = make_model(), make_model(), make_model()
-    trainer(model, made, steps=8).train()
-    trainer(full, "fp32", steps=8).train()
-
-    optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2)
+def torchs_own_loop(dtype: torch.dtype, clip: str = "after unscaling") -> nn.Module:
+    """Eight steps of two microbatches as torch's documentation writes them; `clip` says when gradients are clipped to a norm of 1."""
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", enabled=dtype == torch.float16)
     inputs, targets = (part.split(8) for part in make_data().tensors)
     for step in range(8):
         for half in (2 * step % 8, (2 * step + 1) % 8):
             with torch.autocast("cpu", dtype):
-                loss = nn.functional.mse_loss(expected(inputs[half]), targets[half]) / 2
+                loss = nn.functional.mse_loss(model(inputs[half]), targets[half]) / 2
             scaler.scale(loss).backward()
+        if clip == "before unscaling":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(expected.parameters(), 1.0)
+        if clip == "after unscaling":
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(full.parameters(), expected.parameters(), strict=True))
+    return model
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("made", "dtype"), [(Bf16(), torch.bfloat16), (Fp16(), torch.float16)])
+def test_a_run_is_bit_equal_to_torchs_own_loop(made: Any, dtype: torch.dtype) -> None:
+    model, full = make_model(), make_model()
+    trainer(model, made, steps=8).train()
+    trainer(full, "fp32", steps=8).train()
+    assert equal(model, torchs_own_loop(dtype))
+    assert not equal(full, model), "control: another precision"
+    assert not equal(model, torchs_own_loop(dtype, "never")), "control: clipping acts in these steps"
+    if dtype == torch.float16:
+        assert not equal(model, torchs_own_loop(dtype, "before unscaling")), (
+            "control: clipped are the gradients, not the scaled ones"
+        )
 
 
 @component
