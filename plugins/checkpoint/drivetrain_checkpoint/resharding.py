@@ -13,6 +13,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,16 +34,19 @@ from torch.distributed.checkpoint.planner import (
     LoadPlanner,
     ReadItem,
     SavePlan,
+    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
 )
-from torch.distributed.checkpoint.storage import StorageReader
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
 from drivetrain_checkpoint.errors import CheckpointError
+from drivetrain_checkpoint.format import Packed
 from drivetrain_checkpoint.parts import Contents, Described, Parts, Place, read_whole
-from drivetrain_checkpoint.text import INDEX_FILE, MAX_TREE_BYTES, dump_json
+from drivetrain_checkpoint.store import Store
+from drivetrain_checkpoint.text import INDEX_FILE, MAX_TREE_BYTES, TREE_FILE, dump_json
 
 
 @frozen(eq=False)
@@ -164,6 +169,67 @@ def index_of(plans: Sequence[SavePlan], metadata: Metadata) -> bytes:
     if len(text) > MAX_TREE_BYTES:
         raise CheckpointError(f"{INDEX_FILE} would take {len(text)} bytes, more than the {MAX_TREE_BYTES} allowed")
     return text
+
+
+class SafetensorsWriter(StorageWriter):
+    """Writes what `torch.distributed.checkpoint.save` plans as a checkpoint of a run: the same files, the same transaction.
+
+    The state is flat: tensors and sharded tensors by names that begin with "model/" or "state/".
+
+    Args:
+        store: of the run's directory, which all processes must see.
+    """
+
+    def __init__(self, store: Store, step: int) -> None:
+        self.store, self.step = store, step
+        self.path: Path | None = None  # the checkpoint, on the process that coordinates
+        self._plans: list[SavePlan] = []
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        """Nothing to do: a writer is for one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Nothing to do: the directory is made when all have planned."""
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """The plan as it is.
+
+        Raises:
+            CheckpointError: when something in the state is no tensor: torch would pickle it.
+        """
+        for item in plan.items:
+            if item.tensor_data is None or item.index.fqn.partition("/")[0] not in ("model", "state"):
+                raise CheckpointError(f'{item.index.fqn}: only tensors with names in "model/" or "state/" can be saved')
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the directory and tell everybody."""
+        directory = self.store.begin(self.step)
+        self._plans = [replace(plan, storage_data=(str(directory), rank)) for rank, plan in enumerate(plans)]
+        return self._plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this process's files, durably."""
+        directory, rank = plan.storage_data
+        packed = Packed(tensors_of(plan, planner, rank), {}, {})
+        entries = self.store.write_part(Path(directory), packed, self.step)
+        done: Future[list[WriteResult]] = Future()
+        done.set_result([WriteResult(item.index, 0, entries) for item in plan.items])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the index and the tree, and commit."""
+        directory = Path(self._plans[0].storage_data[0])
+        entries = {name: entry for of_one in results for one in of_one[:1] for name, entry in one.storage_data.items()}
+        tree = {name: {"$tensor": [INDEX_FILE, name]} for name in metadata.state_dict_metadata}
+        texts = {INDEX_FILE: index_of(self._plans, metadata), TREE_FILE: dump_json(tree)}
+        entries |= self.store.write_part(directory, Packed({}, {}, texts), self.step)
+        self.path = self.store.commit(directory, self.step, entries)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        """Not used: a writer is for one checkpoint."""
+        return False
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------

@@ -17,12 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from drivetrain_checkpoint import CheckpointError, Files, Store, find_checkpoints, read_checkpoint, verify
 from drivetrain_checkpoint.command import CheckpointCommand
 from drivetrain_checkpoint.manifest import FileEntry, Manifest, read_manifest
 from drivetrain_checkpoint.parts import NAME_AS_BYTES, NATIVE, Contents
-from drivetrain_checkpoint.resharding import SafetensorsReader
+from drivetrain_checkpoint.resharding import SafetensorsReader, SafetensorsWriter
 from drivetrain_checkpoint.store import load_checkpoint, load_newest
 from drivetrain_checkpoint.together import Together
 
@@ -178,6 +179,24 @@ def test_torchs_own_load_works_with_the_reader(tmp_path, quick):
         warnings.simplefilter("ignore")  # that there is one process only
         load(mine, storage_reader=SafetensorsReader(contents), no_dist=True)
     assert torch.equal(mine[name], state()["model"]["a.weight"])
+
+
+def test_torchs_own_save_works_with_the_writer(tmp_path, diff, quick):
+    from torch.distributed.checkpoint import save
+
+    tree = {
+        "model/a.weight": torch.randn(3, 4),
+        "state/moment": torch.randn(5),
+        "model/tiny": torch.tensor(2, dtype=torch.int8),
+    }
+    writer = SafetensorsWriter(Store(tmp_path, quick), 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process only
+        save(dict(tree), storage_writer=writer, no_dist=True)
+        with pytest.raises(CheckpointException, match="only tensors"):
+            save({"model/a": 3}, storage_writer=SafetensorsWriter(Store(tmp_path, quick), 5), no_dist=True)
+    assert [found.path for found in find_checkpoints(tmp_path)] == [writer.path] and verify(writer.path) == []
+    assert diff(tree, read_checkpoint(writer.path)) == []
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------------
