@@ -142,6 +142,8 @@ def _number(value: Any) -> float:
 def _integer(value: Any) -> int:
     if type(value) is not int:
         raise ValueError(f"expected a whole number, got {_said(value)}{_quoted(value, int)}")
+    if value.bit_length() > 63:  # more than torch can count
+        raise ValueError(f"expected a whole number of at most 9.2e18, got one of {value.bit_length()} bits")
     return value
 
 

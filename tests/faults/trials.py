@@ -1,156 +1,202 @@
-"""Trials by the dozen, each run in processes forked from this one: `python trials.py DIRECTORY SEED WHAT=TRIALS …`.
+"""Trials of `drivetrain train FILE`: killed or signalled, started again by the same words until it is complete, then compared.
 
-WHAT is `kill` (SIGKILL at random instants, two a run) or `signal` (SIGTERM, SIGINT or SIGUSR1 at random instants, through the command
-line's own handling; now and then a second one soon after). Each run is started by the same call until it is complete, then
-compared with an uninterrupted one. One line of JSON for each WHAT says what came of it.
+A process for each call is forked by a server that has imported torch (`served.py`), so a start takes a fraction of a second.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import shutil
 import signal
-import sys
 import time
-import traceback
+from collections import Counter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
+from attrs import define, field
+from tests.faults.served import Ended, Served
 
-from drivetrain import CheckpointCallback, Trainer, TrainingConfig
-from drivetrain_checkpoint import read_checkpoint
-from drivetrain_cli.interrupt import Interruptible
+from drivetrain_checkpoint import find_checkpoints, read_checkpoint
 
-STEPS, PREEMPTED = 8, 75
+PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PLUGIN = Path(__file__).with_name("trial_plugin.py")
+RUN = """
+model = {{ use = "trial_model", width = {width} }}
+data = {{ use = "trial_data" }}
+optimizer = "trial_adam"
+scheduler = "fall"
+max_duration = "{steps}st"
+per_device_batch_size = 4
+gradient_accumulation_steps = 2
+eval_interval = "3st"
+log_interval = "2st"
+device = "cpu"
+standard_callbacks = false
+callbacks = [{{ use = "checkpoint", every = "1st", keep_last = 2 }}, "early_stopping", {{ use = "logging", trackers = ["jsonl"] }}, "fault"]
+"""
 
 
-class Samples(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 30
+@define
+class Trials:
+    """The runs of one configuration below a folder.
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.full((8,), index / 30) + 0.1 * torch.randn(8), torch.tensor([index % 7 / 7])
+    Attributes:
+        width: of the model: 64 makes a state of 60 KB, 512 one of 3 MB.
+        places: the directories of runs that are elsewhere.
+        seconds: how long the uninterrupted run took.
+    """
+
+    folder: Path
+    width: int = 64
+    steps: int = 8
+    variables: dict[str, str] = field(factory=dict)
+    places: dict[str, Path] = field(factory=dict)
+    seconds: float = 0.0
+    _server: Any = None
+    _whole: Any = None
+
+    def __enter__(self) -> Trials:
+        self._server = Served(self.folder, self.variables).__enter__()
+        (self.folder / "run.toml").write_text(RUN.format(width=self.width, steps=self.steps))
+        for name in ("whole", "again"):
+            began = time.monotonic()
+            ended = self.call(name)
+            assert ended.code == 0, ended.err
+            self.seconds = time.monotonic() - began
+        self._whole = final(self.folder / "runs" / "whole")
+        assert self._whole["progress"]["step"] == self.steps
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.__exit__(*error)
+
+    def words(self, name: str, *more: str) -> list[str]:
+        """The command line of a run."""
+        return ["train", "run.toml", "--run-name", name, f'plugins=["{PLUGIN}"]', *more]
+
+    def start(self, name: str, *more: str, **variables: Any) -> int:
+        """Begin a sitting; its process's id."""
+        return int(self._server.start(*self.words(name, *more), **variables))
+
+    def wait(self) -> Ended:
+        """The end of the sitting."""
+        return self._server.wait()  # type: ignore[no-any-return]
+
+    def has_ended(self) -> bool:
+        """Whether the sitting is over."""
+        return bool(self._server.has_ended())
+
+    def call(self, name: str, *more: str, **variables: Any) -> Ended:
+        """A whole sitting."""
+        self.start(name, *more, **variables)
+        return self.wait()
+
+    def run(self, name: str) -> Path:
+        """The directory of a run."""
+        return self.places.get(name, self.folder / "runs" / name)
+
+    def finish(self, name: str, *more: str) -> None:
+        """The same words once more: the run must end as if nothing had been, with nothing left over."""
+        ended = self.call(name, *more)
+        assert ended.code == 0, ended.err
+        assert "Traceback" not in ended.err
+        assert differing(final(self.run(name)), self._whole) == []
+        left = leftovers(self.run(name))
+        assert left == [], left
+        assert len(find_checkpoints(self.run(name))) <= 3  # one more when the last sitting was ended before it removed one
+
+    def is_equal(self, name: str) -> bool:
+        """Whether a run ended as the uninterrupted one."""
+        return differing(final(self.run(name)), self._whole) == []
 
 
-def train(output_dir: Path, run_name: str) -> int:
-    """The same call each time; the exit code is the command line's."""
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Dropout(0.3), nn.Linear(256, 1))
-    config = TrainingConfig(
-        max_duration=f"{STEPS}st",
-        per_device_batch_size=4,
-        gradient_accumulation_steps=2,
-        eval_interval="3st",
-        output_dir=output_dir,
-        run_name=run_name,
-        standard_callbacks=False,
-    )
-    trainer = Trainer(
-        model,
-        config,
-        Samples(),
-        Samples(),
-        loss=nn.MSELoss(),
-        optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
-        scheduler=lambda position: 1 - position / STEPS,
-        callbacks=[CheckpointCallback(every="1st", keep_last=2)],
-        device="cpu",
-    )
-    with Interruptible(trainer.stop):
-        output = trainer.train()
-    return 0 if output.completed else PREEMPTED
-
-
-def start(output_dir: Path, run_name: str) -> int:
-    pid = os.fork()
-    if pid == 0:
-        _child(output_dir, run_name)
-    return pid
-
-
-def _child(output_dir: Path, run_name: str) -> NoReturn:
-    code = 1
-    try:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = train(output_dir, run_name)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def final(output_dir: Path, run_name: str) -> Any:
-    """The state at the end, without clocks and places."""
-    state = read_checkpoint(output_dir / run_name / "checkpoints" / f"step-{STEPS:08d}")
+def final(run: Path) -> Any:
+    """The newest state of a run, without clocks and places."""
+    state = read_checkpoint(find_checkpoints(run)[0].path)
     del state["manifest"], state["progress"]["seconds"]
     return state
 
 
-def equal(one: Any, other: Any) -> bool:
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(equal, one, other))
-    return bool(one == other)
+def leftovers(run: Path) -> list[str]:
+    """What is neither a checkpoint nor a file that belongs to a run."""
+    known = {"config.json", "checkpoints", "metrics.jsonl", "metrics.previous.jsonl"}  # the rows before an anew begun run
+    return [p.name for p in run.iterdir() if p.name not in known] + [
+        p.name for p in (run / "checkpoints").iterdir() if not p.name.startswith("step-")
+    ]
 
 
-def hit(pid: int, what: str, chance: random.Random, duration: float) -> None:
-    """Send what the trial is about, at a random instant."""
-    time.sleep(chance.uniform(0.0, duration * 0.8))
-    os.kill(pid, signal.SIGKILL if what == "kill" else chance.choice(SIGNALS))
-    if what == "signal" and chance.random() < 0.3:
-        time.sleep(chance.uniform(0.0, 0.02))
-        os.kill(pid, chance.choice(SIGNALS))
+def differing(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two states differ in a bit."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [path]
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return [place for key in one for place in differing(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, (list, tuple)) and type(one) is type(other) and len(one) == len(other):
+        return [place for i, pair in enumerate(zip(one, other, strict=True)) for place in differing(*pair, f"{path}/{i}")]
+    return [] if type(one) is type(other) and (one == other or one != one) else [path]
 
 
-def expected(what: str) -> set[int]:
-    """The exit codes that are in order after a hit; a signal before the handlers are there ends the process by itself."""
-    if what == "kill":
-        return {0, -signal.SIGKILL}
-    return {0, PREEMPTED, *(128 + number for number in SIGNALS), *(-number for number in SIGNALS)}
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def main(what: str, output_dir: Path, trials: int, seed: int) -> dict[str, int]:
-    chance = random.Random(f"{what} {seed}")
-    warm = nn.Parameter(torch.zeros(1))
-    warm.grad = torch.zeros(1)
-    torch.optim.AdamW([warm]).step()  # imports what every child would import anew
-    began = time.monotonic()
-    assert wait(start(output_dir, "reference")) == 0
-    duration = time.monotonic() - began
-    count = {"trials": trials, "hit": 0, "preempted": 0, "failed": 0, "equal": 0, "tidy": 0}
-    for trial in range(trials):
-        name = f"trial-{trial}"
-        for _ in range(2):
-            pid = start(output_dir, name)
-            hit(pid, what, chance, duration)
-            code = wait(pid)
-            count["hit"] += code != 0
-            count["preempted"] += code == PREEMPTED
-            count["failed"] += code not in expected(what)
-        if wait(start(output_dir, name)) != 0:
-            count["failed"] += 1
-            continue
-        count["equal"] += equal(final(output_dir, name), final(output_dir, "reference"))
-        left = [path.name for path in (output_dir / name / "checkpoints").iterdir() if path.name.startswith("step-")]
-        hidden = [path.name for path in (output_dir / name / "checkpoints").iterdir() if path.name.startswith(".drivetrain-")]
-        count["tidy"] += len(left) <= 3 and not hidden
+def wait_for_an_instant(trials: Trials, name: str, chance: random.Random) -> None:
+    """Wait for a random step's checkpoint, or for none, and then for a random part of the time that a step takes.
+
+    A fixed time would be too early on a busy machine and too late on an idle one.
+    """
+    step, root = chance.randrange(trials.steps), trials.run(name) / "checkpoints"
+    while step and not trials.has_ended() and not (root / f"step-{step:08d}").exists():
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0.0, trials.seconds / (trials.steps if step else 2)))
+
+
+def killed(trials: Trials, number: int, seed: int, kills: int = 2) -> Counter[str]:
+    """So many runs with SIGKILLs at random instants; what came of it."""
+    chance, count = random.Random(f"kill {seed}"), Counter[str]()
+    one = size_of(find_checkpoints(trials.run("whole"))[0].path)
+    for trial in range(number):
+        name = f"killed-{trial}"
+        for _ in range(kills):
+            process = trials.start(name)
+            wait_for_an_instant(trials, name, chance)
+            if not trials.has_ended():
+                os.killpg(process, signal.SIGKILL)
+            ended = trials.wait()
+            assert ended.code in (0, -signal.SIGKILL), ended.err
+            count["hit"] += ended.code != 0
+            root = trials.run(name) / "checkpoints"
+            count["in a save"] += root.exists() and any(path.name.startswith(".drivetrain-") for path in root.iterdir())
+            # at most: those that are kept, one more, and one that is being written or removed for each kill
+            assert size_of(trials.run(name)) < 6 * one if root.exists() else True
+        trials.finish(name)
+        count["equal"] += 1
+        shutil.rmtree(trials.run(name))
     return count
 
 
-if __name__ == "__main__":
-    for argument in sys.argv[3:]:
-        kind, _, number = argument.partition("=")
-        print(json.dumps(main(kind, Path(sys.argv[1]) / kind, int(number), int(sys.argv[2]))))
+def signalled(trials: Trials, number: int, seed: int) -> Counter[str]:
+    """So many runs with two signals at random instants each, now and then a second one soon after."""
+    chance, count = random.Random(f"signal {seed}"), Counter[str]()
+    allowed = {0, PREEMPTED, *(128 + n for n in SIGNALS), *(-n for n in SIGNALS), 128 + signal.SIGINT}
+    for trial in range(number):
+        name = f"signalled-{trial}"
+        for _ in range(2):
+            process = trials.start(name)
+            wait_for_an_instant(trials, name, chance)
+            for _ in range(2 if chance.random() < 0.3 else 1):
+                if not trials.has_ended():
+                    os.kill(process, chance.choice(SIGNALS))
+                time.sleep(chance.uniform(0.0, 0.02))
+            ended = trials.wait()
+            assert ended.code in allowed, (ended.code, ended.err)
+            count["hit"] += ended.code != 0
+            count["preempted"] += ended.code == PREEMPTED
+        trials.finish(name)
+        count["equal"] += 1
+        shutil.rmtree(trials.run(name))
+    return count
