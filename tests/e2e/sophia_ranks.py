@@ -55,7 +55,7 @@ class Watched(SophiaGComponent):
     def estimate(self, ctx: CallbackContext) -> list[Tensor | None]:
         found = super().estimate(ctx)
         if not self.first:
-            self.first = [f.clone() for f in found if f is not None]
+            self.first = [whole(f).clone() for f in found if f is not None]
             self.seeds = [self.generator(ctx, rank).initial_seed() for rank in range(dist.get_world_size())]
         return found
 
@@ -71,13 +71,13 @@ def by_hand(batches: list[list[tuple[Tensor, Tensor]]], seeds: list[int]) -> lis
     return [count * g.square() for g in torch.autograd.grad(mean, list(plain.parameters()))]
 
 
-def run(optimizer: Any) -> Trainer:
+def run(optimizer: Any, strategy: str) -> Trainer:
     config = TrainingConfig(
         max_duration=f"{STEPS}st",
         per_device_batch_size=3,
         gradient_accumulation_steps=2,
         standard_callbacks=False,
-        distributed="ddp",
+        distributed=strategy,
         device="cpu",
         precision="fp32",
     )
@@ -88,25 +88,36 @@ def run(optimizer: Any) -> Trainer:
     return trainer
 
 
+def whole(tensor: Any) -> Tensor:
+    """A sharded tensor in one piece, in which every rank takes part."""
+    made: Tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
+    return made
+
+
 def flat(tensors: Any) -> list[float]:
-    return torch.cat([t.detach().reshape(-1) for t in tensors]).tolist()
+    return torch.cat([whole(t).reshape(-1) for t in tensors]).tolist()
 
 
-if __name__ == "__main__":
+def one(strategy: str) -> dict[str, Any]:
+    """Sophia-G under a strategy, beside what its first estimate should be."""
     gnb = Watched(lr=0.01, decay="all", update_interval=3)
-    trainer, batches = run(gnb), everybody(gnb.seen)
+    trainer, batches = run(gnb, strategy), everybody(gnb.seen)
     ranks = range(len(batches))
-    hutchinson = run(SophiaHComponent(lr=0.01, decay="all", update_interval=3, product="double_backward"))
     of_each = [by_hand([batches[rank]], [gnb.seeds[rank]]) for rank in ranks]
-    result = {
+    return {
         "estimate": everybody(flat(gnb.first)),
-        "weights": everybody(flat(trainer.model.parameters())),
-        "weights of sophia_h": everybody(flat(hutchinson.model.parameters())),
+        "weights": everybody(flat(trainer.ctx.model.parameters())),
         "curvature": everybody(flat(state["hessian"] for state in trainer.ctx.optimizer.state.values())),
         "by hand": flat(by_hand(batches, gnb.seeds)),
         "same labels on both": flat(by_hand(batches, [gnb.seeds[0]] * len(ranks))),
         "mean of the ranks' squares": flat(torch.stack(parts).mean(0) for parts in zip(*of_each, strict=True)),
         "positions": [sum(int((labels != IGNORED).sum()) for _, labels in some) for some in batches],
     }
+
+
+if __name__ == "__main__":
+    result = {strategy: one(strategy) for strategy in ("ddp", "fsdp")}
+    hutchinson = run(SophiaHComponent(lr=0.01, decay="all", update_interval=3, product="double_backward"), "ddp")
+    result["sophia_h"] = {"weights": everybody(flat(hutchinson.model.parameters()))}
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(result))

@@ -105,7 +105,7 @@ def test_optimizers_update_shards_as_they_update_wholes(results: dict[int, Any],
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_sophia_draws_other_labels_on_each_rank(results: dict[int, Any], processes: int) -> None:
-    """Its curvature is an estimate from drawn labels: the same losses only about."""
+    """Its curvature is an estimate from drawn labels: the same losses only about. test_sophia_ranks.py looks at the estimate itself."""
     assert difference(results[1]["sophia"]["losses"], results[processes]["sophia"]["losses"]) < 1e-2
 
 

@@ -31,18 +31,26 @@ def difference(one: list[float], other: list[float]) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
-def test_the_estimate_is_that_of_all_ranks_data_at_once(found: dict[str, Any]) -> None:
-    assert found["positions"][0] != found["positions"][1], "the ranks have unequal numbers of labels"
-    for estimate in found["estimate"]:
-        assert difference(found["by hand"], estimate) < 1e-6  # B is a float32
-    assert difference(found["by hand"], found["same labels on both"]) > 1e-2, "control: each rank draws its own"
-    assert difference(found["by hand"], found["mean of the ranks' squares"]) > 1e-2, (
-        "control: gradients are averaged, then squared"
-    )
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_estimate_is_that_of_all_ranks_data_at_once(found: dict[str, Any], strategy: str) -> None:
+    one = found[strategy]
+    assert one["positions"][0] != one["positions"][1], "the ranks have unequal numbers of labels"
+    for estimate in one["estimate"]:
+        assert difference(one["by hand"], estimate) < 1e-6  # B is a float32
+    assert difference(one["by hand"], one["same labels on both"]) > 1e-2, "control: each rank draws its own"
+    assert difference(one["by hand"], one["mean of the ranks' squares"]) > 1e-2, "control: gradients are averaged, then squared"
 
 
-@pytest.mark.parametrize("what", ["weights", "weights of sophia_h", "curvature"])
-def test_the_ranks_stay_together(found: dict[str, Any], what: str) -> None:
-    first, second = found[what]
+def test_sharded_or_not_it_is_the_same_training(found: dict[str, Any]) -> None:
+    for what in ("weights", "curvature"):
+        assert difference(found["ddp"][what][0], found["fsdp"][what][0]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("run", "what"),
+    [("ddp", "weights"), ("ddp", "curvature"), ("fsdp", "weights"), ("fsdp", "curvature"), ("sophia_h", "weights")],
+)
+def test_the_ranks_stay_together(found: dict[str, Any], run: str, what: str) -> None:
+    first, second = found[run][what]
     assert first == second
     assert any(first)
