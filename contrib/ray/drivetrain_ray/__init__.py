@@ -55,7 +55,8 @@ def train_worker(given: Mapping[str, Any]) -> None:
             # This machine may never have seen the run, or know an older state of it: what follows is a run of its own, which
             # begins at Ray's checkpoint.
             config.run_name, config.resume = f"{config.run_name}-from-{_name(saved)}", str(folder)
-        given["make_trainer"](config).train()
+        for _ in given["make_trainer"](config).steps():  # unlike train(), it lets an interruption through, by which Ray cancels
+            pass
 
 
 def _name(saved: Checkpoint) -> str:
