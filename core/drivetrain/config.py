@@ -231,6 +231,7 @@ class TrainingConfig:
             if f.name == "scheduler":  # an optimizer may ask for another
                 default = getattr(single.get("optimizer"), "default_scheduler", None) or default
             kind, spec = f.metadata["kind"], _with_default(f.name, getattr(self, f.name), default)
+            spec = _routed(spec) if f.name == "optimizer" else spec
             if kind and kind not in ("mode", "strategy") and spec is not None and f.name not in replaced:
                 single[f.name] = make(kind, spec, f.name)
         if "distributed" not in replaced and (strategy := self.strategy_spec()) is not None:
@@ -384,6 +385,13 @@ def _with_default(key: str, spec: Spec, default: str | Mapping[str, Any] | None)
     if spec is None and default and is_installed(_kind_of(key), table["use"]):
         return table
     return spec
+
+
+def _routed(spec: Spec) -> Spec:
+    """An optimizer's table with `routes`, other optimizers for some parameters, as that of the plugin for it; itself has the rest."""
+    if not isinstance(spec, Mapping) or "routes" not in spec or _use(spec).rpartition(":")[2] == "routed":
+        return spec
+    return {"use": "routed", "routes": spec["routes"], "default": {k: v for k, v in spec.items() if k != "routes"}}
 
 
 def without_secrets(value: Any, key: str = "") -> Any:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pickle
 from copy import deepcopy
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import drivetrain_optimizers.routed as routed
-from drivetrain import CallbackContext, Component, ConfigError, PluginError, component, make_component
+from drivetrain import CallbackContext, Component, ConfigError, PluginError, TrainingConfig, component, make_component
 from drivetrain_optimizers import Joined, Routed
 
 
@@ -126,6 +126,20 @@ def test_frozen_parameters_stay_frozen_and_are_nobodys() -> None:
 def test_wrapped_names_are_those_of_the_model() -> None:
     groups = make(SPEC, nn.ModuleDict({"module": Model()})).param_groups  # as DistributedDataParallel names it
     assert {name: group["lr"] for group in groups for name in group["param_names"]} == OWNERS
+
+
+def test_routes_in_the_table_of_any_optimizer_leave_it_the_rest() -> None:
+    table = {**SPEC["default"], "routes": SPEC["routes"]}
+    for optimizer in (table, {"use": "routed", "default": SPEC["default"], "routes": SPEC["routes"]}):
+        made = TrainingConfig(optimizer=optimizer).components().single["optimizer"]
+        assert isinstance(made, Routed)
+        groups = made.make_optimizer(cast(Any, SimpleNamespace(model=Model()))).param_groups
+        assert {name: group["lr"] for group in groups for name in group["param_names"]} == OWNERS
+    plain = TrainingConfig(optimizer=SPEC["default"]).components().single["optimizer"]
+    assert not isinstance(plain, Routed), "control"
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(optimizer={"use": "adamw", "learning_rate": 1.0, "routes": [{"match": "x", "use": "sgd"}]}).components()
+    assert "learning_rate" in str(caught.value)
 
 
 # -- mistakes
