@@ -195,10 +195,11 @@ class StreamSource(Source):
     """
 
     def __init__(self, batches: Iterable[Any], split: Split, seed: int) -> None:
-        self.data, self.split, self.seed = batches, split, seed
-        self._draws_once = draws_once(batches)
-        self._loader = batches if self._draws_once else seeded(batches, seed)
+        self.data, self.split = batches, split
         self._divided = isinstance(getattr(batches, "sampler", None), DistributedSampler)
+        self.seed = mix(seed, split.rank) if self._divided else seed  # other samples, so other random numbers
+        self._draws_once = draws_once(batches)
+        self._loader = batches if self._draws_once else seeded(batches, self.seed)
         self._round = 1 if self._divided else split.world_size
         length = _length(batches)
         if length == 0:

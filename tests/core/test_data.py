@@ -15,7 +15,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, get_worker_info
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, get_worker_info
 
 from drivetrain import DataError, Trainer, TrainingConfig
 from drivetrain.config import DataLoaderConfig
@@ -262,6 +262,17 @@ def test_a_loader_with_a_generator_of_its_own_has_the_epochs_order_wherever_it_i
     assert [order(one, 1), order(one, 0)] == orders[::-1]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == list(range(20))
+
+
+def test_loaders_that_are_divided_among_ranks_draw_other_numbers_on_each() -> None:
+    def noise(rank: int, world: int = 2) -> list[float]:
+        data = [torch.zeros(1)] * 8
+        sampler: Any = DistributedSampler(data, world, rank, shuffle=False)
+        loader = DataLoader(data, batch_size=2, sampler=sampler, collate_fn=lambda rows: torch.rand(len(rows)))
+        return [value for (batch,) in epoch_of(loader, rank=rank, world_size=world) for value in batch.tolist()]
+
+    assert noise(0) == noise(0)
+    assert len({*noise(0), *noise(1)}) == 8
 
 
 class Divided(IterableDataset[int]):
