@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-import sys
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import attrs
-import psutil
-import torch
 
-from drivetrain import Callback, component, hook
+from drivetrain import Callback, component, hook, option
+from drivetrain_throughput.flops import StepCounter, peak_tflops
+from drivetrain_throughput.machine import Machine
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 __all__ = ["ThroughputCallback"]
 
-GB = 1e9
-
 
 @component
 class ThroughputCallback(Callback):
-    """Add speed and memory to the values of each log. It measures between logs and does nothing in a step.
+    """Add speed and memory to the values of each log. In a step it reads the clock once.
 
     - `speed/steps_per_second`, `speed/samples_per_second`, `speed/tokens_per_second` (when batches have tokens), of all ranks
-      together; `speed/step_ms`, the mean over the interval; `speed/data_wait`, the part of the interval spent waiting for data
+      together; `speed/step_ms`, the mean over the interval; `speed/step_ms_p50`, `_p95` and `_max`, of this process's steps;
+      `speed/data_wait`, the part of the interval spent waiting for data
+    - `speed/tflops_per_second`, of all ranks, from the FLOPs of one step, counted once; `speed/mfu`, over the devices' peak
     - `memory/process_gb` and `memory/process_peak_gb`: resident memory of this process, without its data workers;
       `memory/device_gb`: the most that tensors have held on the accelerator. GB are 1e9 bytes.
-    - `system/cpu_percent`: of all cores of the machine together
+    - `system/cpu_percent`, of all cores of the machine together; `system/memory_percent`; `system/disk_free_gb`, where the run
+      is kept, if it is. With nvidia-ml-py installed `gpu/percent`, `gpu/memory_gb` (all programs) and `gpu/watts`.
 
     Evaluation does not count as training time, and neither does a checkpoint saved in a step that logged or evaluated. One
-    saved in any other step does count: nothing tells when it began.
+    saved in any other step does count: nothing tells when it began. Steps are timed on the host, which a GPU may lag behind: means
+    over an interval are right, single steps only where the host waits for the device.
     """
 
-    _process: Any = attrs.field(factory=psutil.Process, init=False, repr=False)
-    _device: Any = attrs.field(default=None, init=False, repr=False)  # None when its memory cannot be asked for
+    flops: bool = option(default=True, help="count the FLOPs of a step, the second one, and report them by second")
+    peak_tflops: float | None = option(default=None, help="of one device, dense, for `speed/mfu`; known for common GPUs")
+
+    _machine: Any = attrs.field(default=None, init=False, repr=False)
+    _counter: Any = attrs.field(default=None, init=False, repr=False)
     _last: Any = attrs.field(default=None, init=False, repr=False)  # the counters at the previous log
     _paused: float = attrs.field(default=0.0, init=False, repr=False)  # seconds since then that were no training
     _idle_since: Any = attrs.field(default=None, init=False, repr=False)  # (step, time) of the latest log or evaluation
+    _ends: list[float] = attrs.field(factory=list, init=False, repr=False)  # of steps since the latest pause, its end first
+    _steps: list[float] = attrs.field(factory=list, init=False, repr=False)  # seconds of the interval's steps before that
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Begin to measure."""
-        self._process = psutil.Process()  # a component may have been made before a fork
-        self._device = ctx.device if _device_memory(ctx.device) is not None else None
-        psutil.cpu_percent()  # it measures between calls
+        self._machine = Machine(ctx.device, ctx.trainer.run_dir if ctx.trainer.has_run_dir else None)
+        self._counter = StepCounter(ctx) if self.flops else None
+        self._peak = self.peak_tflops or peak_tflops(ctx.device)
         self._begin(ctx)
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        """Look at the clock."""
+        self._ends.append(perf_counter())
+        if self._counter is not None and self._counter.wanted:
+            self._counter.step_ended()
 
     @hook(tryfirst=True)
     def on_log(self, ctx: CallbackContext) -> None:
         """Add the values of the interval, before the callbacks that show and keep them."""
-        ctx.metrics.update(self._speeds(ctx) | self._memory() | {"system/cpu_percent": psutil.cpu_percent()})
+        self._no_step()
+        ctx.metrics.update(self._speeds(ctx) | self._machine.values())
         self._begin(ctx)
 
     @hook(tryfirst=True)
     def on_evaluate_start(self, ctx: CallbackContext) -> None:
         """Stop the clock."""
+        self._no_step()
         self._idle_since = (ctx.step, perf_counter())
 
     @hook(trylast=True)
@@ -68,15 +82,29 @@ class ThroughputCallback(Callback):
         if self._idle_since is not None and self._idle_since[0] == ctx.step:
             self._pause_ends(ctx)
 
+    def on_run_end(self, ctx: CallbackContext) -> None:
+        """Count no further."""
+        if self._counter is not None:
+            self._counter.cancel()
+
     def _begin(self, ctx: CallbackContext) -> None:
         now = perf_counter()
         self._last = (now, ctx.step, ctx.samples, ctx.tokens, ctx.data_wait)
         self._idle_since, self._paused = (ctx.step, now), 0.0
+        self._ends, self._steps = [now], []
 
     def _pause_ends(self, ctx: CallbackContext) -> None:
         now = perf_counter()
         self._paused += now - self._idle_since[1]
         self._idle_since = (ctx.step, now)
+        self._ends = [now]
+
+    def _no_step(self) -> None:
+        """What comes now is none: neither timed nor counted as one."""
+        self._steps += [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        self._ends = self._ends[-1:]
+        if self._counter is not None:
+            self._counter.cancel()
 
     def _speeds(self, ctx: CallbackContext) -> dict[str, float]:
         now = (perf_counter(), ctx.step, ctx.samples, ctx.tokens, ctx.data_wait)
@@ -90,30 +118,20 @@ class ThroughputCallback(Callback):
             "speed/step_ms": 1000 * seconds / steps,
             "speed/data_wait": min(max(waited / seconds, 0.0), 1.0),
         }
-        return speeds | ({"speed/tokens_per_second": tokens / seconds} if tokens else {})
-
-    def _memory(self) -> dict[str, float]:
-        info = self._process.memory_info()
-        values = {"memory/process_gb": info.rss / GB, "memory/process_peak_gb": max(_peak_bytes(info), info.rss) / GB}
-        held = _device_memory(self._device) if self._device is not None else None
-        return values | ({"memory/device_gb": held / GB} if held is not None else {})
-
-
-def _peak_bytes(info: Any) -> int:
-    """The most resident memory this process ever had; psutil knows it on Windows only."""
-    if sys.platform == "win32":
-        return int(info.peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+        if tokens:
+            speeds["speed/tokens_per_second"] = tokens / seconds
+        if self._counter is not None and self._counter.flops is not None:
+            each = self._counter.flops * steps / seconds / 1e12
+            speeds["speed/tflops_per_second"] = each * ctx.strategy.world_size
+            if self._peak is not None:
+                speeds["speed/mfu"] = each / self._peak
+        return speeds | _percentiles(self._steps)
 
 
-def _device_memory(device: torch.device) -> int | None:
-    """The most bytes that tensors have held on an accelerator; None for the CPU and for backends that do not count."""
-    if device.type == "cpu":
-        return None
-    try:
-        return torch.accelerator.max_memory_allocated(device)
-    except (RuntimeError, ValueError, NotImplementedError):
-        return None
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    """The nearest-rank percentiles, in milliseconds; nothing for no step."""
+    if not seconds:
+        return {}
+    ordered = sorted(1000 * s for s in seconds)
+    at = {name: ordered[min(len(ordered) - 1, int(part * len(ordered)))] for name, part in (("p50", 0.5), ("p95", 0.95))}
+    return {f"speed/step_ms_{name}": value for name, value in (at | {"max": ordered[-1]}).items()}

@@ -1,0 +1,93 @@
+"""FLOPs of a step, counted once while one is computed, and what a device could do at most.
+
+FLOP counts what torch calls: matrix products, convolutions and attention of forward and backward, a multiplication and an addition
+being two. Recomputation for activation checkpointing is in it (it is work done); attention is counted whole, not halved for causality, as
+llm.c and PaLM do. Model FLOPs utilisation is the FLOPs of a second over the device's dense peak in 16 bits, without sparsity.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+if TYPE_CHECKING:
+    from drivetrain import CallbackContext
+
+# Dense 16-bit matrix products in TFLOP/s without sparsity, as in the makers' data sheets; the first part found in a device's name counts.
+PEAKS: dict[str, float] = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "4090": 165.0,
+    "3090": 71.0,
+    "V100": 125.0,
+    "T4": 65.0,
+    "MI300X": 1307.0,
+    "MI250": 362.0,
+}
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Of one device; None for a CPU and for what the table does not know."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+class StepCounter:
+    """Counts the FLOPs of one step of this process: on from the end of a step to the end of the next.
+
+    The mode sees each operation and changes none. A compiled model runs past it, so there is no count for one.
+    """
+
+    def __init__(self, ctx: CallbackContext) -> None:
+        self.flops: int | None = None
+        self._mode: Any = None
+        self._possible = not ctx.config.compile
+
+    def step_ended(self) -> None:
+        """Begin to count, or take the count that has been made."""
+        if self._mode is not None:
+            found = self._mode.get_total_flops()
+            self.cancel()
+            self.flops = found or None
+            self._possible = False
+        elif self._possible:
+            self._mode = FlopCounterMode(display=False, custom_mapping=_on_cpus())
+            self._mode.__enter__()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the end of a step still is of interest."""
+        return self._possible or self._mode is not None
+
+    def cancel(self) -> None:
+        """Stop counting; something else than the step has been computed, or the run ends. The next step is tried instead."""
+        if self._mode is not None:
+            self._mode.__exit__(None, None, None)
+            self._mode = None
+
+
+def _on_cpus() -> dict[Any, Any]:
+    """The attention kernel of CPUs, which torch's own table leaves out."""
+    aten: Any = torch.ops.aten
+
+    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    names = {
+        "_scaled_dot_product_flash_attention_for_cpu": forward,
+        "_scaled_dot_product_flash_attention_for_cpu_backward": backward,
+    }
+    return {getattr(aten, name): count for name, count in names.items() if hasattr(aten, name)}
