@@ -18,6 +18,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ACTIVATIONS, TEMPORARY, GATHERED = "activations", "temporary", "gathered parameters"
+UNREDUCED = "unreduced gradients"  # of a strategy that divides them only at the last microbatch
 BEFORE = "before"  # the phase of what was there when the step began
 _COLLECTIVES = {
     "_allgather_base_": "all-gather",
@@ -36,6 +37,7 @@ _COLLECTIVES = {
     "all_to_all_single": "all-to-all",
 }
 _NO_TRAFFIC = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "wait_tensor"}
+_NO_TRAFFIC |= {"_unsafe_view", "_reshape_alias", "lift_fresh", "set_", "resize_"}
 _LOOKUPS = {"embedding", "index", "index_select", "gather", "nll_loss_forward", "nll_loss_backward", "slice"}
 _HERE = ("/torch/", "/drivetrain/", "/drivetrain_plan/")
 
@@ -185,7 +187,7 @@ class Recorder(TorchDispatchMode):
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
             self._count_collective(name, (args, kwargs), given, made)
             return
-        if name in _NO_TRAFFIC or _is_view(func):
+        if name in _NO_TRAFFIC or func.namespace == "prim" or _is_view(func):  # prim: questions such as which device it is on
             return
         flops, packet = 0, func._overloadpacket
         if (formula := _FORMULAS.get(packet)) is not None:

@@ -9,6 +9,7 @@ from drivetrain_plan.planning import DISK, Plan, communication
 _ORDER = (
     "parameters",
     "gradients",
+    "unreduced gradients",
     "optimizer state",
     "activations",
     "gathered parameters",
@@ -110,7 +111,7 @@ def _rest(plan: Plan) -> list[str]:
         price = f", {plan.cost:,.2f} at {plan.price:g} an hour" if plan.cost is not None else ""
         lines.append(
             f"  {seconds(likely * 3600)} ({seconds(low * 3600)} to {seconds(high * 3600)}), "
-            f"{likely * plan.ranks:,.3g} device hours{price}"
+            f"{_number(likely * plan.ranks)} device hours{price}"
         )
     beside = []
     if plan.course.evaluations:
@@ -127,6 +128,10 @@ def _rest(plan: Plan) -> list[str]:
         f"  a checkpoint is {amount(whole)}: training waits {seconds(plan.stall)}, the disk takes {seconds(whole / DISK)}"
     )
     return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def amount(size: float) -> str:

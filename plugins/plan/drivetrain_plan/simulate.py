@@ -30,7 +30,7 @@ from drivetrain import (
     make_component,
 )
 from drivetrain import state as kept
-from drivetrain_plan.recorder import ACTIVATIONS, TEMPORARY, Collective, Operation, Recorder
+from drivetrain_plan.recorder import ACTIVATIONS, TEMPORARY, UNREDUCED, Collective, Operation, Recorder
 from drivetrain_plan.world import meeting, of_memory, real, simulated
 
 PARAMETERS, GRADIENTS, STATE, BUFFERS, BATCH = "parameters", "gradients", "optimizer state", "buffers", "batch"
@@ -136,8 +136,10 @@ class Watcher(Callback):
         self.recorder.phase = f"backward {ctx.microbatch}"
 
     def on_backward(self, ctx: CallbackContext) -> None:
-        """Gradients are there."""
+        """Gradients are there, or what is kept of them until the last microbatch."""
         self.recorder.tag([p.grad for p in self._parameters], GRADIENTS, again=True)
+        for storage in self.recorder.alive(self.recorder.phase):
+            storage.kind = UNREDUCED
         self.recorder.phase = "update"
 
     def on_step_end(self, ctx: CallbackContext) -> None:

@@ -488,6 +488,25 @@ class TestWhatCannotBeSimulated:
             planned(ranks=0)
 
 
+def test_a_simulated_step_has_the_operations_of_a_real_one() -> None:
+    """Fake tensors ask questions of their own (prim::device), which are no work."""
+    model, (x, y) = net(nn.GELU()), data()[0]
+    with Recorder() as recorder:
+        nn.MSELoss()(model(torch.stack([x] * BATCH)), torch.stack([y] * BATCH)).backward()
+    real = {operation.name: count for operation, count in recorder.operations.items() if operation.name != "stack"}
+    simulated_ones = planned(model).simulation.operations
+    for name in ("addmm", "gelu", "gelu_backward", "mm", "mse_loss", "mse_loss_backward"):
+        assert sum(n for o, n in simulated_ones.items() if o.name == name) == sum(
+            n for o, n in recorder.operations.items() if o.name == name
+        )
+    assert {o.name for o in simulated_ones if o.phase.startswith(("forward", "backward"))} - set(real) <= {
+        "ones_like",
+        "div",
+        "mul",
+        "sum",
+    }
+
+
 def test_the_recorder_sees_real_steps_too() -> None:
     layer, x = nn.Linear(8, 8), torch.randn(4, 8)
     with Recorder() as recorder:
