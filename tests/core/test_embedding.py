@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -114,6 +115,20 @@ def test_without_turns_they_would_differ(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("drivetrain.trainer.in_turns", lambda device, steps: steps)
     together = in_threads(MAKERS)
     assert not all(torch.equal(one, other) for one, other in zip(solo, together, strict=True))
+
+
+def test_the_recipe_of_the_page_gives_solo_numbers_every_time() -> None:
+    """docs/tutorials/embed.md, "Several at once": what it defines, many times."""
+    page = (Path(__file__).parents[2] / "docs" / "tutorials" / "embed.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^# several\.py\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "several"}
+    recipe = recipe.replace('optimizer="sgd"', "optimizer=torch.optim.SGD(model.parameters(), lr=0.01)")  # with the core alone
+    exec(compile(recipe, "several.py", "exec"), names)
+    seeds = [1, 2, 3]
+    solo = [names["build"](seed).train().loss for seed in seeds]
+    assert len(set(solo)) == 3
+    for _ in range(10):
+        assert names["together"](seeds) == solo
 
 
 def test_trainers_in_one_thread_may_take_turns() -> None:

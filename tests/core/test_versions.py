@@ -30,6 +30,11 @@ def contract() -> Iterator[str]:
     for name in [*drivetrain._HOME, "__version__"]:
         yield from lines_of(f"drivetrain.{name}", getattr(drivetrain, name))
     yield from lines_of("drivetrain.commands.Command", commands.Command)
+    yield from lines_of("drivetrain.hooks.RunPluginManager", hooks.RunPluginManager)
+    yield from lines_of("drivetrain.hooks.Events", hooks.Events)
+    yield from lines_of("drivetrain.registry.Candidate", registry.Candidate)
+    for function in (registry.candidates, registry.all_candidates, registry.find, registry.load, registry.is_installed):
+        yield from lines_of(f"drivetrain.registry.{function.__name__}", function)
 
 
 def lines_of(name: str, thing: Any) -> Iterator[str]:
