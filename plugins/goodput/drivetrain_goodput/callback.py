@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 Listener = Callable[[Any], None]
-_WRITE_EVERY = 10.0  # seconds
+_WRITE_EVERY = 1.0  # seconds: what a kill takes away of the account, which then counts as `down`
 
-START, WAIT, TRANSFER, COMPUTE, UPDATE, LOG, EVALUATE, REST = (
+START, WAIT, TRANSFER, COMPUTE, REDUCE, UPDATE, LOG, EVALUATE, REST = (
     "start",
     "data wait",
     "transfer",
     "forward and backward",
+    "communication",
     "optimizer",
     "logging",
     "evaluation",
@@ -36,10 +37,12 @@ START, WAIT, TRANSFER, COMPUTE, UPDATE, LOG, EVALUATE, REST = (
 class GoodputCallback(Callback):
     """Account for every second of a run: a table at the end, and RUN_DIR/goodput.json, over restarts too.
 
-    The parts: `start` (restoring, opening), `data wait`, `transfer` to the device, `forward and backward`, `optimizer` (reducing,
-    clipping, stepping), `logging` (waiting for the device, reading the values), `evaluation`, `rest` (the loop itself, and the caller's
-    own code in `for step in trainer.steps()`), each plugin's own hooks under its name (`callback:checkpoint` is the stall of
-    saving), and `down`, the time between a sitting's end and the next one's begin.
+    The parts: `start` (from when the run was put together to its first step: building, restoring, opening), `data wait`, `transfer` to
+    the device, `forward and backward`, with several ranks `communication` (what of reducing and clipping comes after backward; what
+    overlaps with it, or is waited for at its end, is in it), `optimizer`, `logging` (waiting for the device, reading the values),
+    `evaluation`, `rest` (the loop itself, and the caller's own code in `for step in trainer.steps()`), each plugin's own hooks under
+    its name (`callback:checkpoint` is the stall of saving), and `down`, the time between a sitting's last account and the next
+    one's begin: stopped, killed, waiting in a queue, starting Python.
 
     One clock is read where a part ends and the next begins, so the parts add up to the whole. It is the host's: on a GPU, which
     works on after the host has launched its work, the time shows up where the host waits. Nothing waits for the device; a step
@@ -80,18 +83,22 @@ class GoodputCallback(Callback):
 
     # -- the run ---------------------------------------------------------------------------------------------------------
 
+    def __attrs_post_init__(self) -> None:
+        self._made = perf_counter()  # components are made before the model is built and data is read
+
     @hook(tryfirst=True)
     def on_restore(self, ctx: CallbackContext) -> None:
-        """Start the clock."""
-        self._begin()
+        """Start the clock, at the time when this was made."""
+        self._begin(self._made)
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Start it in a later sitting of the same process, which restores nothing."""
         if self._begun is None:
-            self._begin()
+            self._begin(perf_counter())
         self._waited = ctx.data_wait
-        earlier = read_sittings(ctx.run_dir) if ctx.is_main and ctx.step > 0 else []
+        anew = ctx.step == 0 and ctx.resume == "never"  # a run that was killed before its first checkpoint has a past as well
+        earlier = read_sittings(ctx.run_dir) if ctx.is_main and not anew else []
         began = time.time() - (perf_counter() - (self._begun or 0.0))
         self._sittings = [*earlier, Sitting(began, ctx.step, ctx.step)]
         self._written = perf_counter()
@@ -117,7 +124,15 @@ class GoodputCallback(Callback):
         """Its gradients are there: another one comes, or the update."""
         now = perf_counter()
         self._parts[self._part] += now - self._last
-        self._last, self._part = now, TRANSFER if ctx.microbatch + 1 < ctx.microbatches else UPDATE
+        last = UPDATE if ctx.strategy.world_size == 1 else REDUCE
+        self._last, self._part = now, TRANSFER if ctx.microbatch + 1 < ctx.microbatches else last
+
+    @hook(tryfirst=True)
+    def on_clipped(self, ctx: CallbackContext) -> None:
+        """The gradients are what the optimizer takes."""
+        now = perf_counter()
+        self._parts[self._part] += now - self._last
+        self._last, self._part = now, UPDATE
 
     @hook(tryfirst=True)
     def on_optimizer_step(self, ctx: CallbackContext) -> None:
@@ -155,9 +170,9 @@ class GoodputCallback(Callback):
 
     # -- the clock -------------------------------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin(self, at: float) -> None:
         self._parts.clear()
-        self._begun = self._last = perf_counter()
+        self._begun = self._last = at
         self._part = START
 
     def _turn(self, part: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import asdict, define, field
 
 TOTALS_FILE = "goodput.json"
+STEP_PARTS = ("forward and backward", "communication", "optimizer")
 
 
 @define
@@ -57,12 +58,23 @@ def repeated_steps(sittings: list[Sitting]) -> int:
     return sum(max(0, before.last_step - after.first_step) for before, after in pairwise(sittings))
 
 
+def repeated_seconds(sittings: list[Sitting]) -> float:
+    """About how long those steps took the first time: the mean of their sitting's."""
+    lost = 0.0
+    for before, after in pairwise(sittings):
+        steps = before.last_step - before.first_step
+        busy = sum(before.parts.get(name, 0.0) for name in ("data wait", "transfer", *STEP_PARTS))
+        lost += max(0, before.last_step - after.first_step) * busy / steps if steps else 0.0
+    return lost
+
+
 def table(sittings: list[Sitting], device: str) -> Iterator[str]:
     """The lines that a person reads at the end, the largest part first."""
     parts = totals(sittings)
     whole = sum(parts.values())
     restarts = len(sittings) - 1
-    more = f", {restarts} restart{'s' * (restarts > 1)}, {repeated_steps(sittings)} steps repeated" if restarts else ""
+    again = f"{repeated_steps(sittings)} steps ({repeated_seconds(sittings):.1f} s) repeated"
+    more = f", {restarts} restart{'s' * (restarts > 1)}, {again}" if restarts else ""
     yield f"where {whole:.1f} s went{more}" + (
         "" if device == "cpu" else f"; time of the host, which launches work on the {device}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class ThroughputCallback(Callback):
 
     def _no_step(self) -> None:
         """What comes now is none: neither timed nor counted as one."""
-        self._steps += [after - before for before, after in zip(self._ends, self._ends[1:], strict=False)]
+        self._steps += [after - before for before, after in pairwise(self._ends)]
         self._ends = self._ends[-1:]
         if self._counter is not None:
             self._counter.cancel()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, Trainer, TrainingConfig, component, hook
+from drivetrain import Callback, Strategy, Trainer, TrainingConfig, component, hook
 from drivetrain_goodput import GoodputCallback, read_sittings
 from drivetrain_goodput.sittings import totals
 
@@ -100,7 +104,9 @@ class Saved(Callback):
         self.clock.takes(2.0)
 
 
-def trainer(folder: Path, clock: Clock, *callbacks: Callback, steps: int = 4, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, clock: Clock, *callbacks: Callback, steps: int = 4, strategy: Strategy | None = None, **options: Any
+) -> Trainer:
     """Rows of one second, forwards of five, updates of three."""
     model = Model(2, 1)
     model.clock = clock
@@ -118,6 +124,7 @@ def trainer(folder: Path, clock: Clock, *callbacks: Callback, steps: int = 4, **
         loss=nn.MSELoss(),
         optimizer=optimizer,
         callbacks=[GoodputCallback(), *callbacks],
+        strategy=strategy,
     )
 
 
@@ -185,7 +192,7 @@ def test_over_restarts(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixtu
     assert (one.first_step, one.last_step, two.first_step, two.last_step) == (0, 5, 3, 8)
     assert two.parts["optimizer"] == 5 * 3.0
     *_, head = [line for line in capsys.readouterr().err.splitlines() if line.startswith("where ")]
-    assert head.endswith("1 restart, 2 steps repeated")
+    assert head.endswith("1 restart, 2 steps (20.0 s) repeated")
     assert totals([one, two])["down"] == 60.0
 
 
@@ -211,3 +218,84 @@ def test_errors_still_name_their_plugin(tmp_path: Path, clock: Clock) -> None:
     with pytest.raises(RuntimeError) as raised:
         trainer(tmp_path, clock, Fail()).train()
     assert any("on_step_end of callback:Fail" in note for note in raised.value.__notes__)
+
+
+def test_a_run_killed_before_its_first_checkpoint_has_a_past_and_one_begun_anew_has_none(tmp_path: Path, clock: Clock) -> None:
+    for expected, resume in ((1, "auto"), (2, "auto"), (1, "never")):
+        for step in trainer(tmp_path, clock, steps=8, resume=resume).steps():
+            if step.number == 2:
+                break
+        assert len(read_sittings(tmp_path / "a")) == expected
+
+
+def test_with_several_ranks_what_comes_after_backward_is_communication(tmp_path: Path, clock: Clock) -> None:
+    class Two(Strategy):
+        world_size = 2
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, value]
+
+        def reduce_gradients(self, parameters: Any) -> None:
+            clock.takes(0.75)
+
+    made = trainer(tmp_path, clock, steps=2, strategy=Two())
+    made.train()
+    found = parts(tmp_path)
+    assert (found["communication"], found["optimizer"]) == (2 * 0.75, 2 * 3.0)
+
+
+WORKER = """
+import os, signal, sys, time
+began = time.time()
+import torch
+from torch import nn
+from drivetrain import Callback, Trainer, TrainingConfig
+from drivetrain_goodput import GoodputCallback
+
+class Sleepy(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+class End(Callback):
+    def on_step_end(self, ctx):
+        if ctx.step == 60 and sys.argv[2] == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+data = torch.utils.data.TensorDataset(torch.ones(400, 2), torch.ones(400, 1))
+model = Sleepy(2, 1)
+config = TrainingConfig(max_duration="100st", per_device_batch_size=4, log_interval="10st", standard_callbacks=False,
+                        output_dir=sys.argv[1], run_name="a", device="cpu", eval_interval=False)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+began = time.time()
+trainer = Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=[GoodputCallback(show=False), End()])
+print(began, flush=True)
+trainer.train()
+print(time.time())
+"""
+
+
+def sit(folder: Path, end: str) -> list[float]:
+    command = [sys.executable, "-c", WORKER, str(folder), end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == (0 if end == "whole" else -signal.SIGKILL), done.stderr
+    return [float(line) for line in done.stdout.split()]
+
+
+def test_the_parts_add_up_to_the_time_on_the_wall(tmp_path: Path) -> None:
+    """A real process on a real clock, looked at from outside of the account."""
+    began, ended = sit(tmp_path, "whole")
+    accounted = totals(read_sittings(tmp_path / "a"))
+    assert sum(accounted.values()) == pytest.approx(ended - began, rel=0.01)
+    assert accounted["forward and backward"] >= 100 * 0.02
+    assert "down" not in accounted
+
+
+@pytest.mark.slow
+def test_and_over_a_kill(tmp_path: Path) -> None:
+    (began,) = sit(tmp_path, "kill")
+    time.sleep(1.0)
+    _, ended = sit(tmp_path, "whole")
+    accounted = totals(read_sittings(tmp_path / "a"))
+    assert sum(accounted.values()) == pytest.approx(ended - began, rel=0.01)
+    assert accounted["down"] >= 1.0
