@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "docs/examples/quickstart.toml"
 SMALL = [
     "model={use='gpt',layers=2,width=32,heads=2,context=32}",
-    f"data={{use='text',path='{ROOT / 'docs'}',pattern='*.md',context=32,max_bytes=20000}}",
+    f"data={{use='text',path='{Path(json.__file__).parent}',pattern='*.py',context=32,max_bytes=20000}}",
 ]
 
 

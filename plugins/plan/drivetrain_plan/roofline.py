@@ -126,9 +126,12 @@ def communication_seconds(found: Simulation, device: DeviceProfile) -> Shares:
 
 
 def collective_time(collective: Collective, device: DeviceProfile, share: int = _USUAL) -> float:
-    """Volume as on a ring, where each of n ranks sends and receives (n − 1) / n of the whole, for all-reduce twice; latency as on
-    a tree, log2(n) hops (NCCL takes rings for large tensors and trees for small ones). Between machines every member on one has a
-    network link of its own."""
+    """Volume as on a ring: each of n ranks sends and receives (n − 1) / n of the whole, for all-reduce twice. Between machines every
+    member on one has a network link of its own.
+
+    Hops as NCCL has them: n − 1 around a ring for all-gather and reduce-scatter, at best log2(n) (its PAT algorithm); log2(n) along a
+    tree for all-reduce and broadcast.
+    """
     ranks = len(collective.ranks)
     if ranks < 2:
         return 0.0
@@ -137,4 +140,6 @@ def collective_time(collective: Collective, device: DeviceProfile, share: int = 
     if here < ranks:
         bandwidth = min(bandwidth, device.network_bandwidth * here) if here > 1 else device.network_bandwidth
     volume = _TIMES.get(collective.name, 1.0) * collective.size * (ranks - 1) / ranks
-    return volume / (bandwidth * device.links[share]) + device.latency * math.ceil(math.log2(ranks))
+    around = share != _BEST and collective.name in ("all-gather", "reduce-scatter")
+    hops = ranks - 1 if around else math.ceil(math.log2(ranks))
+    return volume / (bandwidth * device.links[share]) + device.latency * hops

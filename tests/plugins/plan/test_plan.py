@@ -266,6 +266,12 @@ class TestTimes:
         )
         assert collective_time(here._replace(ranks=(0,)), device) == 0
 
+    def test_hops_around_a_ring_and_along_a_tree(self) -> None:
+        device = DeviceProfile(name="x", rates={"fp32": 1.0}, memory=1, bandwidth=1, latency=1.0)
+        among = Collective("backward 0", "all-gather", 0, tuple(range(64)))
+        assert [collective_time(among, device, share) for share in range(3)] == [63, 63, 6]
+        assert collective_time(among._replace(name="all-reduce"), device) == 6
+
     def test_between_measured_points(self) -> None:
         curve = [(10.0, 1.0), (1000.0, 10.0)]
         assert seconds_on(curve, 100) == pytest.approx(math.sqrt(10))
