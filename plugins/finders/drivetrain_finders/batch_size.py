@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from drivetrain import Callback, ConfigError, ModelError, Problem, component, hook, option
+from drivetrain import Callback, ConfigError, ModelError, Problem, component, hook, option, state
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -28,7 +28,8 @@ class BatchSizeFinderCallback(Callback):
     A step's samples (`per_device_batch_size` × accumulation, or `global_batch_size`) are tried as one microbatch, then in two, three and
     so on as far as they divide, with two steps of training each, which are taken back bit by bit. The first size that fits is used,
     with as many microbatches as make up the step: a mean over the same samples, equal to rounding. Give the configuration the
-    global batch, and this finds how to fit it. `headroom` leaves memory for longer inputs later on.
+    global batch, and this finds how to fit it. A run that goes on keeps the size that it began with. `headroom` leaves memory for
+    longer inputs later on.
 
     For one process. With several, a process that runs out of memory would leave the others waiting: find the size with one
     process of the same kind of device, and configure it.
@@ -36,6 +37,8 @@ class BatchSizeFinderCallback(Callback):
 
     largest: int | None = option(default=None, validator=_at_least_one, help="no size above this is tried")
     headroom: float = option(default=0.1, help="part of a GPU's memory to be left free")
+
+    found: int | None = state(default=None)  # samples in a microbatch
 
     def __attrs_post_init__(self) -> None:
         if not 0 <= self.headroom < 1:
@@ -49,9 +52,13 @@ class BatchSizeFinderCallback(Callback):
         config = ctx.config
         share = config.global_batch_size or config.per_device_batch_size * config.gradient_accumulation_steps
         sizes = [share // parts for parts in range(1, share + 1) if share % parts == 0]
+        if ctx.resumed and self.found in sizes:  # what goes on keeps its microbatches: dropout draws once for each
+            ctx.resize(self.found)
+            return
         for size in sizes:
             if size <= (self.largest or share) and self._fits(ctx, size):
                 ctx.resize(size)
+                self.found = size
                 _said.warning("batch_size_finder: microbatches of %d samples, %d in a step", size, share // size)
                 return
         raise ModelError("batch_size_finder: not even a microbatch of one sample fits into memory.")

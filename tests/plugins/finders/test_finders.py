@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import math
 from pathlib import Path
@@ -60,7 +61,9 @@ def trainer(folder: Path, *callbacks: Callback, model: Net | None = None, **opti
 
 
 def final(run: Trainer) -> Any:
+    """All that a run without finders has as well."""
     saved = run.state_dict()
+    saved["components"].pop("callback:BatchSizeFinderCallback", None)
     return {key: saved[key] for key in ("model", "optimizer", "rng", "components", "precision")}
 
 
@@ -167,3 +170,34 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(ConfigError):
             make_component("callback", {"use": name, **options})
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_run_that_goes_on_keeps_the_size_that_it_began_with(tmp_path: Path, forgets: bool) -> None:
+    """On a machine with more memory, say: larger microbatches would draw other numbers for dropout. The control forgets the size."""
+
+    kept: list[Any] = []
+
+    class Keep(Callback):
+        def on_restore(self, ctx: Any) -> None:
+            if kept:
+                ctx.load_state_dict(kept[0])
+
+        def on_step_end(self, ctx: Any) -> None:
+            if ctx.step == 2:
+                ctx.trainer.stop("test")
+
+        def on_run_end(self, ctx: Any) -> None:
+            kept.append(copy.deepcopy(ctx.state_dict()))
+
+    size = {"per_device_batch_size": 24, "max_duration": "4st"}
+    whole = trainer(tmp_path, BatchSizeFinderCallback(), model=Net(12), **size)
+    whole.train()
+    trainer(tmp_path, BatchSizeFinderCallback(), Keep(), model=Net(12), **size).train()
+    if forgets:
+        kept[0]["components"]["callback:BatchSizeFinderCallback"]["found"] = None
+    second = trainer(tmp_path, BatchSizeFinderCallback(), Keep(), model=Net(99), **size)
+    second.train()
+    assert second.model.sizes[-1] == (24 if forgets else 12)
+    equal = all(torch.equal(value, whole.model.state_dict()[name]) for name, value in second.model.state_dict().items())
+    assert equal != forgets
