@@ -6,7 +6,8 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from drivetrain import Tracker, component, option, state
 from drivetrain.tracking import printable
+from drivetrain_wandb.recorded import newest
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -36,12 +38,12 @@ def _positive(instance: Any, attribute: Any, value: float) -> None:
 class WandbTracker(Tracker):
     """Record a run at Weights & Biases: values, configuration, texts, histograms and images.
 
-    The run's id is part of every checkpoint, so a resumed run goes on as the same one; what it repeats is left out, for which
-    RUN_DIR/wandb/drivetrain.json remembers what has been recorded. W&B takes nothing back: when a run goes back to an earlier state,
-    the values from before, a NaN among them, stay the ones of those steps. `mode` is W&B's own: "offline" writes to RUN_DIR/wandb, for
-    `wandb sync` later. When the server cannot be reached or refuses the login at the start, that is said once and the run is recorded
-    offline. A server that is lost later is W&B's business, which keeps everything in RUN_DIR/wandb and sends it when it can; what it
-    could not send by the end is said then.
+    The run's id is part of every checkpoint, so a resumed run goes on as the same one; what it repeats is left out, by what W&B has in
+    RUN_DIR/wandb, and what a kill has lost there is taken from RUN_DIR/metrics.jsonl. W&B takes nothing back: when a run goes back to
+    an earlier state, the values from before, a NaN among them, stay the ones of those steps. `mode` is W&B's own: "offline" writes to
+    RUN_DIR/wandb, for `wandb sync` later. When the server cannot be reached or refuses the login at the start, that is said once and
+    the run is recorded offline. A server that is lost later is W&B's business, which keeps everything in RUN_DIR/wandb and sends it when
+    it can; what it could not send by the end is said then.
     """
 
     project: str = option(default="drivetrain", help="the project at W&B")
@@ -68,13 +70,16 @@ class WandbTracker(Tracker):
         """Begin the run at W&B, or go on with it."""
         folder = ctx.run_dir / "wandb"
         folder.mkdir(exist_ok=True)
-        self._memory = folder / "drivetrain.json"
         if self.run_id is None or ctx.step == 0:
             self.run_id = secrets.token_hex(4)
-        self._before = self._newest = _recorded(self._memory, self.run_id)
+        self._memory = folder / "drivetrain.json"
+        recorded = (newest(folder, self.run_id), _closed_with(self._memory, self.run_id))
+        self._before = self._newest = max(recorded, key=lambda place: (place[0], len(place[1])))
         given = {"project": self.project, "entity": self.entity, "group": self.group, "tags": self.tags, "notes": self.notes}
         given |= {"name": self.name or ctx.config.run_name, "id": self.run_id, "dir": str(ctx.run_dir), "resume": "allow"}
         self._run = self._begun(given)
+        for step, values in _missing(ctx.run_dir / "metrics.jsonl", self._before[0], ctx.step):
+            self.log(values, step)
 
     def _begun(self, given: dict[str, Any]) -> Any:
         options: dict[str, Any] = {
@@ -134,6 +139,8 @@ class WandbTracker(Tracker):
         if self._run is None:
             return
         run, self._run, began = self._run, None, time.monotonic()
+        # W&B writes on in a process of its own; of a sitting that is killed, only what is in its files is certain
+        self._memory.write_text(json.dumps({"id": self.run_id, "step": self._newest[0], "names": sorted(self._newest[1])}))
         online = not run.offline
         run.finish()
         if online and time.monotonic() - began >= self.timeout:
@@ -148,19 +155,29 @@ class WandbTracker(Tracker):
         if not row:
             return
         self._run.log(row, step=step)
-        newest, names = self._newest
-        self._newest = (step, {*row, *names} if step == newest else set(row))
-        if step >= newest:
-            self._memory.write_text(json.dumps({"id": self.run_id, "step": step, "names": sorted(self._newest[1])}))
+        last, names = self._newest
+        self._newest = (step, {*row, *names} if step == last else set(row))
 
 
-def _recorded(memory: Path, run_id: str) -> tuple[int, set[str]]:
-    """The last step that an earlier sitting of this run has recorded, with its names; -1 if that is not known."""
+def _closed_with(memory: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step of the sitting before, with its names, if that was closed; -1 otherwise. Asked for once."""
     try:
         known = json.loads(memory.read_text())
+        memory.unlink()
         return (int(known["step"]), set(known["names"])) if known["id"] == run_id else (-1, set())
     except (OSError, ValueError, KeyError, TypeError):
         return -1, set()
+
+
+def _missing(path: Path, after: int, until: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """The values of a run's own log from the step `after` to `until`: what W&B may not have got."""
+    if not path.exists() or until == 0:
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError, TypeError, KeyError):  # a line that a crash cut short
+            row = json.loads(line)
+            if after <= (step := int(row["step"])) <= until:
+                yield step, {name: float(value) for name, value in row.items() if name not in ("step", "time", "epoch")}
 
 
 def _picture(image: Tensor) -> Any:

@@ -21,6 +21,7 @@ from wandb.proto import wandb_internal_pb2
 
 from drivetrain import ConfigError, make_component
 from drivetrain_wandb import WandbTracker
+from drivetrain_wandb.recorded import newest
 
 
 @pytest.fixture(autouse=True)
@@ -132,13 +133,37 @@ def test_what_of_the_last_step_is_missing_is_recorded(tmp_path: Path) -> None:
     assert values(tmp_path, "eval/loss") == [(8, 108.5)]
 
 
-def test_without_what_was_remembered_steps_would_be_there_twice(tmp_path: Path) -> None:
+def test_without_what_was_remembered_steps_would_be_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control for the resume above."""
     saved = sitting(tmp_path, 0, 10)
+    monkeypatch.setattr("drivetrain_wandb.newest", lambda folder, run_id: (-1, set()))
     (tmp_path / "wandb" / "drivetrain.json").unlink()
     sitting(tmp_path, 6, 14, saved=saved)
     steps = [step for step, _ in values(tmp_path, "train/loss")]
     assert len(steps) > len(set(steps))
+
+
+def test_what_a_kill_has_lost_comes_from_the_runs_own_log(tmp_path: Path) -> None:
+    """W&B has got as far as step 4, the run's own log as far as its checkpoint of step 8 and beyond."""
+    saved = sitting(tmp_path, 0, 4)
+    lines = [{"step": step, "time": 1.0, "epoch": 0.5, "train/loss": step if step < 6 else "NaN"} for step in range(2, 11, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 12, "tr')
+    sitting(tmp_path, 8, 12, saved=saved)
+    found = values(tmp_path, "train/loss")
+    assert [step for step, _ in found] == [2, 4, 6, 8, 10, 12]
+    assert [step for step, loss in found if math.isnan(loss)] == [6, 8]
+
+
+def test_the_newest_step_of_a_long_file_is_found_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = sitting(tmp_path, 0, 2400)
+    expected = (2400, {"train/loss", "eval/loss"})
+    list(records(tmp_path))  # waits until all is written
+    assert newest(tmp_path / "wandb", saved["run_id"]) == expected
+    monkeypatch.setattr("drivetrain_wandb.recorded._TAIL", 1)
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert path.stat().st_size > 2 * 32768
+    assert newest(tmp_path / "wandb", saved["run_id"]) == expected
+    assert newest(tmp_path / "wandb", "another") == (-1, set())
 
 
 def test_a_run_begun_anew_is_another_one(tmp_path: Path) -> None:
