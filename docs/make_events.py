@@ -27,6 +27,14 @@ COSTS = {
     "load_state_dict": COLLECTIVE,
     "checkpoint_saved": "what the listeners cost",
 }
+LOGGING = (
+    "What a logging step costs.",
+    "Losses and whatever `ctx.log` was given stay on the device, each labelled by the step that the log belongs to. A logging step stacks "
+    "them and reads them in one transfer; the host waits until the device has done the steps that it was given so far, because "
+    "`on_log` promises numbers. An accelerator idles from then until the next kernel arrives: about the time in which the host launches "
+    "a step's first kernels, plus the listeners of `on_log`; with several ranks also one all-reduce of a number. Make `log_interval` longer "
+    "where that shows (`logging` in the table of goodput).",
+)
 NOT_SHOWN = ("run",)  # for the engine's own use
 
 
@@ -43,6 +51,7 @@ def _beginning() -> Iterator[str]:
     for rule in rules:
         title, _, text = rule.partition(". ")
         yield from ("", f"**{title}.** {text}")
+    yield from ("", f"**{LOGGING[0]}** {LOGGING[1]}")
     yield from (
         "",
         "To see who listens to what in your run, and in which order: `Trainer.listeners()`. To see who breaks the rules:",

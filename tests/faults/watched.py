@@ -137,7 +137,7 @@ def forked(folder: Path, name: str, kill: list[Any] | None, forget: str | None) 
 def _let_forget(name: str) -> None:
     from drivetrain.registry import find
 
-    cls: Any = find("callback", name)
+    cls: Any = find("callback", name).load()
     cls.load_state_dict = lambda self, saved: None
 
 
