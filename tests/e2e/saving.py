@@ -5,6 +5,7 @@ It imports torch once and forks the processes of each run, which makes a start c
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -206,6 +207,47 @@ def kills(folder: Path, names: list[str]) -> dict[str, Any]:
     return found
 
 
+# -- a disk that refuses one of them ---------------------------------------------------------------------------------------
+
+
+class Full(Files):
+    """A disk that has no room for this process's part of the second checkpoint."""
+
+    saves = 0
+
+    def write(self, path: Path, chunks: Any) -> None:
+        if path.name.startswith("model-"):
+            self.saves += 1
+            if self.saves == 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        super().write(path, chunks)
+
+
+def refusal(folder: Path, on_error: str) -> dict[str, Any]:
+    """What each rank of a run hears when rank 1's disk is full, and which checkpoints there are in the end."""
+
+    def act(rank: int) -> None:
+        callback = CheckpointCallback(every="2st", keep_last=None, on_error=on_error)
+        callback.files = Full() if rank else Files()
+        trainer, said = trainer_of(folder, on_error, 16, callback), ""
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                trainer.train()
+            except Exception as error:
+                said = f"{type(error).__name__}: {error}"
+        found = {
+            "said": said,
+            "step": trainer.ctx.step,
+            "warned": sum("could not be written" in str(w.message) for w in warned),
+        }
+        (folder / f"{on_error}-{rank}.json").write_text(json.dumps(found))
+
+    assert forked(2, act) == [0, 0]
+    ranks = [json.loads((folder / f"{on_error}-{rank}.json").read_text()) for rank in (0, 1)]
+    return {"ranks": ranks, "left": sorted(path.name for path in (folder / on_error / "checkpoints").iterdir())}
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------------
 
 
@@ -290,4 +332,5 @@ if __name__ == "__main__":
     warm.grad = torch.zeros(1)
     torch.optim.AdamW([warm]).step()  # imports more
     where = Path(sys.argv[1])
-    print(json.dumps({"memory": memory(where, 2, 1024), "kills": kills(where, sys.argv[2:])}))
+    results = {on_error: refusal(where, on_error) for on_error in ("raise", "warn")}
+    print(json.dumps({"memory": memory(where, 2, 1024), "kills": kills(where, sys.argv[2:]), "refusals": results}))

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("saving.py")
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the trials fork their training processes")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="the trials fork their training processes"),
+    pytest.mark.timeout(600),
+]
 
 
 def run(*arguments: object) -> tuple[Any, str]:
@@ -50,6 +53,19 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_rank_killed_in_a_save_leaves_a_checkpoint_to_go_on_from(quick: Any) -> None:
     found, said = quick
     check(found["kills"], said)
+
+
+def test_a_disk_that_refuses_one_rank_is_an_error_or_a_warning_for_all(quick: Any) -> None:
+    """The checkpoint before it stays; nothing is left of the one that failed."""
+    refusals = quick[0]["refusals"]
+    first, second = refusals["raise"]["ranks"]
+    assert "on rank 1: " in first["said"] and "step 4 could not be written: No space left on device" in first["said"]
+    assert "No space left on device" in second["said"]
+    assert first["step"] == second["step"] and 4 <= first["step"] <= 6
+    assert refusals["raise"]["left"] == ["step-00000002"]
+    assert [(rank["said"], rank["step"]) for rank in refusals["warn"]["ranks"]] == [("", 6), ("", 6)]
+    assert [rank["warned"] for rank in refusals["warn"]["ranks"]] == [1, 0]
+    assert refusals["warn"]["left"] == ["step-00000002", "step-00000006"]
 
 
 @pytest.mark.slow
