@@ -2,14 +2,16 @@
 
 The rules of a page. Its blocks are run in their order and share one folder; Python blocks share their names, as when typed in.
 A block that opens with `# NAME.ext` is a file. A TOML block that is no file is checked as a configuration, or, if it is a part of a
-pyproject.toml, read. Lines of a console block that open with `$ ` are commands, others what they print: each must be found in
-the output, in this order, with `…` for anything. A comment before a block, `<!-- not run: REASON -->`, leaves it at a check of its
-syntax. `pip install` is passed over here: test_extending.py, test_install.py and test_dist.py install, the last of them by the
-words of docs/tutorials/optimizer.md.
+pyproject.toml, read; so are JSON and YAML, and hooks in an outline must exist. Lines of a console block that open with `$ ` are
+commands, others what they print: each must be found in the output, in this order, with `…` for anything. A comment before a block,
+`<!-- not run: REASON -->`, leaves it at a check of its syntax; NOT_RUN counts them. `pip install` is passed over here, but for
+`pip install -e .`: test_extending.py, test_install.py and test_dist.py install, the last of them by the words of
+docs/tutorials/optimizer.md.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -21,18 +23,46 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from tests.e2e.pages import ROOT, Block, blocks, commands_of, find_what_is_shown
 from torch import nn
 
 from drivetrain import Callback, CallbackContext, Trainer, TrainingConfig
+from drivetrain.hookspecs import HOOKS
 
 PATTERNS = ("*.md", "core/README.md", "plugins/*/README.md", "contrib/*/README.md", "docs/*.md", "docs/tutorials/*.md")
 PAGES = sorted(path for pattern in PATTERNS for path in ROOT.glob(pattern))
 
-# Commands of a page find these before the real ones: what is installed here stays as it is.
+# Commands of a page find these before the real ones: what is installed here stays as it is. `pip install -e .` builds the folder and
+# puts it where only this page finds it.
+PYTHON = shlex.quote(sys.executable)
+INSTALL = "-m pip install -q --disable-pip-version-check --no-deps --no-build-isolation --no-index --upgrade --target"
 PASS_OVER = {
     "pip": "#!/bin/sh\nexit 0\n",
-    "python": f'#!/bin/sh\nif [ "$1 $2" = "-m pip" ]; then exit 0; fi\nexec {shlex.quote(sys.executable)} "$@"\n',
+    "python": f"""#!/bin/sh
+case "$*" in
+    "-m pip install "*"-e ."*) exec {PYTHON} {INSTALL} "$PAGE_SITE" . ;;
+    "-m pip "*) exit 0 ;;
+esac
+exec {PYTHON} "$@"
+""",
+}
+# Pages with blocks that are not run, and how many each has: one more needs a look, and a reason.
+NOT_RUN = {
+    "CONTRIBUTING.md": 1,
+    "README.md": 1,
+    "docs/distributed.md": 1,
+    "docs/optimizers.md": 1,
+    "docs/reliability.md": 1,
+    "docs/tutorials/many-gpus.md": 1,
+    "docs/tutorials/optimizer.md": 1,
+    "docs/tutorials/qlora.md": 1,
+    "plugins/audit/README.md": 1,
+    "plugins/checkpoint/README.md": 1,
+    "plugins/launch/README.md": 1,
+    "plugins/tensorboard/README.md": 1,
+    "plugins/watchdog/README.md": 1,
+    "plugins/xla/README.md": 1,
 }
 TINY_RUN = """
 model = { use = "gpt", layers = 2, heads = 2, width = 16, context = 16 }
@@ -67,8 +97,29 @@ def check_syntax(block: Block) -> None:
         compile(block.text, str(block), "exec")
     elif block.language == "toml":
         tomllib.loads(block.text)
+    elif block.language == "yaml":
+        yaml.safe_load(block.text)
+    elif block.language == "json":
+        check_json(block.text)
+    elif block.language == "text":
+        check_hooks(block.text)
     elif block.language in ("console", "sh"):
         subprocess.run(["bash", "-n"], input="\n".join(commands_of(block)), text=True, check=True)
+
+
+def check_json(text: str) -> None:
+    """One document, or one on each line."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        for line in text.splitlines():
+            json.loads(line)
+
+
+def check_hooks(text: str) -> None:
+    """What looks like a hook in an outline of the loop is one."""
+    named = set(re.findall(r"\b(?:on|make)_[a-z_]+\b", text))
+    assert named <= set(HOOKS), f"no hooks: {sorted(named - set(HOOKS))}"
 
 
 def check_table(table: dict[str, Any]) -> None:
@@ -90,6 +141,7 @@ def shell(script: str, block: Block) -> str:
     here = Path.cwd()
     path = f"{here.parent / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {"PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONWARNINGS": "ignore"}
+    settings |= {"PAGE_SITE": str(here.parent / "site"), "PYTHONPATH": str(here.parent / "site")}
     settings |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "HF_HUB_OFFLINE": "1"}
     command = ["bash", "-e", "-o", "pipefail", "-c", script]
     result = subprocess.run(
@@ -142,6 +194,11 @@ def test_only_blocks_in_a_language_are_written() -> None:
     assert (said, bare) == ([], [])
 
 
+def test_what_is_not_run_is_known() -> None:
+    found = {name(page): sum(block.reason is not None for block in blocks(page)) for page in PAGES}
+    assert {page: count for page, count in found.items() if count} == NOT_RUN
+
+
 def test_wrong_pages_are_noticed(tmp_path: Path) -> None:
     """Negative control: each kind of block can fail."""
     page = ROOT / "planted.md"
@@ -158,6 +215,12 @@ def test_wrong_pages_are_noticed(tmp_path: Path) -> None:
         check_table({"optimiser": "adamw"})
     with pytest.raises(SyntaxError):
         check_syntax(block("python", "def"))
+    with pytest.raises(json.JSONDecodeError):
+        check_syntax(block("json", '{"a": 1}\n{"b": }\n'))
+    with pytest.raises(yaml.YAMLError):
+        check_syntax(block("yaml", "a: [1\n"))
+    with pytest.raises(AssertionError, match="on_step_ended"):
+        check_syntax(block("text", "on_step_start\non_step_ended\n"))
     with pytest.raises(subprocess.CalledProcessError):
         check_syntax(block("console", "$ if true\n"))
 
