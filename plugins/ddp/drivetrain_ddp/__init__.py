@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
@@ -12,12 +12,13 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from drivetrain import Component, ConfigError, Problem, ProcessGroupStrategy, component, option
+from drivetrain import Component, ConfigError, ModelError, Problem, ProcessGroupStrategy, component, option
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext, Strategy
 
 __all__ = ["Ddp", "DdpStrategy"]
+_MOST = 8  # names in a message
 
 
 @component
@@ -63,6 +64,8 @@ class DdpStrategy(ProcessGroupStrategy):
     def __init__(self, options: Ddp) -> None:
         super().__init__(options.timeout, options.setup_timeout)
         self.options = options
+        self._names: dict[nn.Parameter, str] = {}
+        self._first = True  # whether no step has been done
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Wrap the model. Gradients are views into the buckets; buffers are sent around only if there are any."""
@@ -85,11 +88,35 @@ class DdpStrategy(ProcessGroupStrategy):
             wrapped.register_comm_hook(None, lambda group, bucket: default_hooks.bf16_compress_hook(group, bucket))
         elif self.options.compress == "fp16":
             wrapped.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        self._names = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         return wrapped
+
+    def reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing is left to reduce, unless a bucket still waits for a parameter that the loss does not depend on.
+
+        Raises:
+            ModelError: then, since torch would go on with this process's own gradients, and complain in the next step by number.
+        """
+        if self.options.find_unused_parameters or self.options.static_graph:
+            return
+        if unused := [
+            self._names.get(p, "one of the optimizer's alone") for p in parameters if p.grad is None and p.requires_grad
+        ]:
+            more = f" and {len(unused) - _MOST} more" if len(unused) > _MOST else ""
+            raise ModelError(
+                f"the loss of rank {self.rank} does not depend on {', '.join(unused[:_MOST])}{more}, and ddp waits for their gradients. "
+                "Freeze them (requires_grad_(False)) if they are never used; if some steps use them: "
+                "distributed = { use = 'ddp', find_unused_parameters = true }"
+            )
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[Any] | None:
         """Leave gradients local."""
-        return _NoSync(cast(DistributedDataParallel, model))
+        return _NoSync(cast(DistributedDataParallel, model), lambda: self._first and self.options.static_graph)
+
+    def settled(self) -> None:
+        """The first step is over, in which torch learns a static graph."""
+        super().settled()
+        self._first = False
 
     def model_state(self, model: nn.Module) -> dict[str, Any]:
         """The inner model's weights."""
@@ -109,11 +136,12 @@ def _buffer_option(sync: bool) -> dict[str, Any]:
 class _NoSync(AbstractContextManager[None]):
     """`DistributedDataParallel.no_sync`, but it can be entered again in every step."""
 
-    def __init__(self, model: DistributedDataParallel) -> None:
-        self.model = model
+    def __init__(self, model: DistributedDataParallel, learns: Callable[[], bool]) -> None:
+        self.model, self.learns = model, learns
 
     def __enter__(self) -> None:
-        self.model.require_backward_grad_sync = False
+        # while torch learns a static graph every backward has to reduce: the mean of sums is the sum of means
+        self.model.require_backward_grad_sync = self.learns()
 
     def __exit__(self, *_: object) -> None:
         self.model.require_backward_grad_sync = True

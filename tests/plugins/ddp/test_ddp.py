@@ -64,6 +64,28 @@ def test_what_all_ranks_want_alike_is_done_at_the_step_of_one_process(results: d
     assert found == [(2, "one rank has had enough")] * 2
 
 
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("graphs")
+    return {processes: launch(processes, folder / f"{processes}.json", "graphs") for processes in (1, 2)}
+
+
+@pytest.mark.parametrize("run", ["static", "some", "never"])
+def test_graphs_that_options_are_for_give_one_processs_numbers(graphs: dict[int, dict[str, Any]], run: str) -> None:
+    """A promise that every step is alike; layers that some batches of some ranks leave out, or all."""
+    one, two = graphs[1][run], graphs[2][run]
+    assert one["steps"] == two["steps"] == 6
+    assert difference(one["losses"], two["losses"]) < 1e-6
+    assert difference(one["weights"], two["weights"]) < 1e-6
+
+
+def test_unused_parameters_are_named_in_the_step_that_does_not_use_them(graphs: dict[int, dict[str, Any]]) -> None:
+    said = graphs[2]["unsaid"]["error"]
+    assert said.startswith("the loss of rank 0 does not depend on extra.weight, extra.bias, and ddp waits for their gradients.")
+    assert "find_unused_parameters = true" in said
+    assert graphs[1]["unsaid"]["steps"] == 6, "one process does not mind"
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_processes_with_many_trainers_end_in_good_order() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from drivetrain import Callback, CallbackContext, Loss, Precision, Trainer, TrainingConfig, component, option
+from drivetrain import Callback, CallbackContext, Loss, ModelError, Precision, Trainer, TrainingConfig, component, option
 
 
 class Tokens(nn.Module):
@@ -39,13 +39,47 @@ def token_data(n: int) -> list[dict[str, torch.Tensor]]:
 
 def whole(tensors: Any) -> list[float]:
     """The values of all tensors; sharded ones are put together, in which every rank takes part."""
-    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).detach().reshape(-1) for t in tensors]).tolist()
+    parts = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors if t is not None]
+    return torch.cat([part.detach().reshape(-1) for part in parts]).tolist()
 
 
 def mlp() -> nn.Module:
     torch.manual_seed(1)
     blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2)))
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), blocks, nn.Linear(8, 1))
+
+
+class Leaves(nn.Module):
+    """Leaves a layer out of the loss: always, or for rows whose first number is at most 1, as all are in some batches."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.body, self.extra, self.head, self.always = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 1), always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with_extra = (x[:, 0] > 1) & (not self.always)
+        x = self.body(x).tanh()
+        if with_extra.any():
+            x = torch.where(with_extra[:, None], self.extra(x), x)
+        return self.head(x)
+
+
+def graphs(pairs: Any, world: int) -> dict[str, Any]:
+    """Models with the same graph in every step, and models without, under the options that are for them."""
+
+    def of(model: nn.Module, **options: Any) -> dict[str, Any]:
+        try:
+            return run(model, pairs, world, distributed={"use": "ddp", **options} if world > 1 else "none")
+        except ModelError as error:
+            return {"error": str(error)}
+
+    return {
+        "static": of(mlp(), static_graph=True),
+        "some": of(Leaves(always=False), find_unused_parameters=True),
+        "never": of(Leaves(always=True), find_unused_parameters=True),
+        "unsaid": of(Leaves(always=True)),
+    }
 
 
 @component
@@ -104,6 +138,11 @@ def main(target: str, strategy: str) -> None:
     rows = torch.randn(53, 4, generator=generator)
     pairs = TensorDataset(rows, rows.sum(1, keepdim=True))
     every = {"distributed": strategy if world > 1 else "none"}
+    if strategy == "graphs":
+        results = graphs(pairs, world)
+        if detect().rank == 0:
+            Path(target).write_text(json.dumps(results))
+        return
     if strategy == "compressed":
         options: dict[str, Any] = {
             "bf16": {"compress": "bf16"},
