@@ -58,6 +58,8 @@ class Component:
     """Base of everything a configuration can name. Subclass it (or `Callback`) and decorate the subclass with `@component`."""
 
     kind: ClassVar[str] = "component"
+    # Whether a run that goes on with other options of this is warned of; by default told by whether it has events within steps.
+    changes_training: ClassVar[bool | None] = None
     plugin_name: str = attrs.field(default="", init=False, repr=False)  # "callback:early_stopping", set when a run adopts it
     origin: str = attrs.field(default="", init=False, repr=False)  # "drivetrain-early-stopping 0.1.0", or the class's module
 

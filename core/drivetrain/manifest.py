@@ -60,6 +60,7 @@ _OF_PARTS: dict[str, tuple[Verdict, str]] = {
     "data.length": ("refuse", "the order of samples would be another"),
     "data.samples": ("refuse", "the samples are not those that the run began with"),
     "data.type": ("warn", "the samples may be others"),
+    "eval_data": ("warn", "evaluations, and what follows from them, are of other samples"),
     "model.types": ("refuse", "the weights would go on in other numbers"),
     "model.trainable": ("refuse", "other weights would be trained"),
     "model.tensors": ("warn", "the saved weights may not fit"),
@@ -68,6 +69,10 @@ _OF_PARTS: dict[str, tuple[Verdict, str]] = {
     "versions": ("warn", "results may differ in rounding"),
     "hardware": ("warn", "results may differ in rounding"),
 }
+
+
+_IN_STEPS: tuple[Verdict, str] = ("warn", "it takes part in the steps")
+_EVENTS_IN_STEPS = ("batch", "forward", "loss", "backward", "gradients", "clipped", "optimizer_step")
 
 
 @attrs.frozen
@@ -81,7 +86,7 @@ class Change:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.old} → {self.new} ({self.reason})"
+        return f"{self.key}: {self.old} → {self.new} ({self.reason or 'the training computes the same'})"
 
 
 # -- what a run is made of -------------------------------------------------------------------------------------------------
@@ -102,6 +107,7 @@ def describe(ctx: CallbackContext) -> dict[str, Any]:
         "optimizer": {} if "optimizer" in kinds else _optimizer(ctx.optimizer),
         "step": {"samples": split.batch_size * microbatches, "microbatches": microbatches},
         "data": _data(source.data),
+        "eval_data": {} if run.eval_source is None else _data(run.eval_source.data),
         "model": _model(run.model),
         "code": {"git": git_commit(Path.cwd())},
         "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "drivetrain-core": __version__},
@@ -112,7 +118,10 @@ def describe(ctx: CallbackContext) -> dict[str, Any]:
 
 def _component(thing: Component) -> dict[str, Any]:
     options = {f.name: plain(getattr(thing, f.name, None), f.name) for f in fields_of(type(thing)) if f.init}
-    return {"origin": thing.origin, "options": options}
+    takes_part = thing.changes_training
+    if takes_part is None:
+        takes_part = any(hasattr(thing, f"on_{event}") for event in _EVENTS_IN_STEPS)
+    return {"origin": thing.origin, "options": options, "in_steps": takes_part}
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -134,8 +143,9 @@ def _data(data: Any) -> dict[str, Any]:
 
 def _sample_hash(data: Any, length: int) -> str | None:
     """None for data sets of other classes: reading a sample may open a file that worker processes must not share, or count."""
-    if isinstance(named := getattr(data, "_fingerprint", None), str):  # of the data sets of Hugging Face
-        return named
+    for name in ("fingerprint", "_fingerprint"):  # a data set's own word on its content; the second is Hugging Face's
+        if isinstance(named := getattr(data, name, None), str):
+            return named
     inner = data
     while type(inner) is Subset:
         inner = inner.dataset
@@ -266,7 +276,8 @@ def _config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[
 
 def _component_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
     for name in sorted(old.keys() | new.keys()):
-        verdict, reason = _OF_KINDS.get(name.partition(":")[0], ("safe", ""))
+        in_steps = any(side.get(name, {}).get("in_steps") for side in (old, new))
+        verdict, reason = _OF_KINDS.get(name.partition(":")[0], _IN_STEPS if in_steps else ("safe", ""))
         if name not in old or name not in new:
             was, is_now = ("active" if name in side else _ABSENT for side in (old, new))
             yield Change(name, was, is_now, verdict, reason)
@@ -282,7 +293,7 @@ def _parts(description: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _change(key: str, old: Any, new: Any, verdict: Verdict, reason: str) -> Iterator[Change]:
-    if old == new or (key == "data.samples" and None in (old, new)):  # None: not known
+    if old == new or (key.endswith("data.samples") and None in (old, new)):  # None: not known
         return
     if verdict == "refuse" and _ABSENT in (old, new):
         verdict = "warn"

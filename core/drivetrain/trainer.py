@@ -84,6 +84,7 @@ class Trainer:
         self._rng: Mapping[str, Any] | None = None
         self._description: dict[str, Any] | None = None
         self._restored = False
+        self.resume_changes: list[Change] = []  # what differs from the run as it was saved, once a state has been restored
         self._interrupt: KeyboardInterrupt | None = None
         self.ctx = CallbackContext(self)
         given = Given(
@@ -347,6 +348,7 @@ class Trainer:
             raise DrivetrainError(f"the saved state lacks {', '.join(sorted(missing))}; it was not made by Trainer.state_dict.")
         changes = compare(saved["manifest"], self.manifest)
         self._judge(changes)
+        self.resume_changes = changes
         chosen_keys = set(ctx.optimizer.defaults) - {"params"}  # other entries of a group are the optimizer's running values
         options = [{k: v for k, v in group.items() if k in chosen_keys} for group in ctx.optimizer.param_groups]
         self._load_components(saved["components"])

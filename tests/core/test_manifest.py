@@ -8,7 +8,7 @@ import signal
 import subprocess
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -268,3 +268,71 @@ class TestCommit:
     def test_what_is_no_repository_has_none(self, tmp_path: Path) -> None:
         (tmp_path / ".git").write_text("gitdir: nowhere")
         assert git_commit(tmp_path) is None
+
+
+class TestWhatChangesTraining:
+    """A callback with events within the steps may change the weights: a changed option of it is warned of, others' are not."""
+
+    @component
+    class Scale(Callback):
+        by: float = option(default=1.0)
+
+        def on_gradients(self, ctx: Any) -> None: ...
+
+    @component
+    class Watch(Callback):
+        often: int = option(default=1)
+
+        def on_log(self, ctx: Any) -> None: ...
+
+    @component
+    class Waits(Callback):
+        changes_training: ClassVar[bool] = False
+        long: int = option(default=1)
+
+        def on_clipped(self, ctx: Any) -> None: ...
+
+    def judged(self, one: Callback, other: Callback | None) -> list[str]:
+        plain_run = trainer()
+        old, new = (
+            Trainer(
+                plain_run.model, plain_run.config, rows(), loss=nn.MSELoss(), optimizer=plain_run.ctx.optimizer, callbacks=c
+            )
+            for c in ([one], [other] if other else [])
+        )
+        return [c.verdict for c in compare(old.manifest, new.manifest) if c.key.startswith("callback:")]
+
+    def test_verdicts_of_callbacks(self) -> None:
+        assert self.judged(self.Scale(), self.Scale(by=2.0)) == ["warn"]
+        assert self.judged(self.Scale(), None) == ["warn"]
+        assert self.judged(self.Watch(), self.Watch(often=2)) == ["safe"]
+        assert self.judged(self.Waits(), self.Waits(long=2)) == ["safe"]
+
+
+class TestEvaluationData:
+    def test_other_samples_are_warned_of(self) -> None:
+        plain_run = trainer()
+
+        def described(data: Any) -> Any:
+            given = {"loss": nn.MSELoss(), "optimizer": plain_run.ctx.optimizer}
+            return Trainer(plain_run.model, plain_run.config, rows(), data, **given).manifest
+
+        other = TensorDataset(rows()[:][0] + 1, rows()[:][1])
+        found = compare(described(rows()), described(other))
+        assert [(c.key, c.verdict) for c in found] == [("eval_data.samples", "warn")]
+        assert compare(described(rows()), described(rows())) == []
+
+    def test_a_data_set_may_name_its_content(self) -> None:
+        class Named(list[Any]):
+            fingerprint = "one"
+
+        one, other = Named(rows()), Named(rows())
+        other.fingerprint = "two"
+        [change] = compare(trainer(data=one).manifest, trainer(data=other).manifest)
+        assert (change.key, change.verdict) == ("data.samples", "refuse")
+
+
+def test_a_run_tells_what_has_changed_safely_as_well() -> None:
+    run = trainer(saved_by(), log_interval="1st")
+    run.train()
+    assert [str(c) for c in run.resume_changes if "Restore" not in c.key] == ["log_interval: 10st → 1st (the training computes the same)"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 
 import attrs
 from torch import Tensor, nn
@@ -66,6 +66,8 @@ class CheckpointCallback(Callback):
     that is whole and warns of those it rejects; "never" refuses a run directory that has checkpoints; a path names a run or one
     checkpoint, which must be whole. A file RUN_DIR/SAVE asks for a checkpoint at the next logging step, which removes the file.
     """
+
+    changes_training: ClassVar[bool] = False  # within steps it waits for copies, and changes nothing
 
     every: Duration = option(default=Duration(500, "st"), help="how often to save, such as '500st', '1ep' or '15min'")
     keep_last: int | None = option(default=3, validator=_at_least_one, help="how many of the newest to keep; null for all")

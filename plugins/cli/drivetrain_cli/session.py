@@ -18,6 +18,9 @@ from drivetrain_cli.terminal import clean, shown_path, wrapped
 PREEMPTED = 75  # EX_TEMPFAIL: run the same command again
 
 
+_SAID = ("resume", "resume_changed", "run_name", "output_dir")  # in the banner, or by the command itself
+
+
 @component
 class Beginning(Callback):
     """Says which run begins and keeps its configuration beside it, for `drivetrain resume`."""
@@ -33,6 +36,9 @@ class Beginning(Callback):
         print(wrapped(banner(ctx), sys.stderr), file=sys.stderr)
         if ctx.resumed:
             print(f"going on after step {ctx.step}", file=sys.stderr)
+            for change in ctx.trainer.resume_changes:
+                if change.verdict == "safe" and change.key not in _SAID:  # the others have been warned of
+                    print(clean(f"  changed: {change}"), file=sys.stderr)
         else:
             _keep(ctx.config, ctx.run_dir / SAVED_CONFIG)
 
