@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +57,7 @@ def start(command: list[str], folder: Path, **variables: str) -> subprocess.Pope
 def ended(*processes: subprocess.Popen[str], code: int = 0) -> list[str]:
     """Wait for processes to end with a code; what they said on standard error."""
     try:
-        said = [process.communicate(timeout=100)[1] for process in processes]
+        said = [process.communicate(timeout=300)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -154,30 +157,76 @@ def equal(one: object, other: object) -> bool:
     return bool(one == other)
 
 
-LONG = 150  # steps, so that the signal comes long before the end
+LONG, LOG = 200, 70  # steps, so that the signal comes long before the end, and long before the second log
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
-def test_sigterm_to_one_rank_stops_all_at_one_step_and_the_rerun_is_exact(folder: Path, rank: int) -> None:
-    def words(name: str) -> list[str]:
-        return train(name, 2, f"max_duration={LONG}st", "log_interval=20st", "eval_interval=false")
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Callable[[str, str], object]:
+    """The state that a run which nobody interrupts ends with."""
 
-    name = f"preempted-{rank}"
-    if not checkpoints(folder, "reference"):
-        ended(*srun(words("reference"), folder))
-    tasks = srun(words(name), folder)
+    @cache
+    def train_it(launcher: str, strategy: str) -> object:
+        name = f"reference-{strategy}"
+        ended(*launched(launcher, long(name, strategy), folder))
+        return state(folder, name)
+
+    return train_it
+
+
+def long(name: str, strategy: str) -> list[str]:
+    return train(name, 2, f"max_duration={LONG}st", f"log_interval={LOG}st", "eval_interval=false", f"distributed={strategy}")
+
+
+def pid_of(name: str, rank: int) -> int:
+    """The process of a run that has this rank."""
+    for found in Path("/proc").glob("[0-9]*"):
+        try:
+            words, env = ((found / part).read_bytes().split(b"\0") for part in ("cmdline", "environ"))
+        except OSError:
+            continue
+        ranks = [b"%s=%d" % (key, rank) for key in (b"RANK", b"OMPI_COMM_WORLD_RANK", b"SLURM_PROCID")]
+        if name.encode() in words and any(word in env for word in ranks):
+            return int(found.name)
+    raise AssertionError(f"no process of {name} has rank {rank}")
+
+
+def slow(*row: Any) -> Any:
+    return pytest.param(*row, marks=pytest.mark.slow)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("launcher", "strategy", "rank"),
+    [
+        ("srun", "ddp", 1),
+        slow("srun", "ddp", 0),
+        slow("srun", "fsdp", 1),
+        slow("launch", "ddp", 1),
+        slow("torchrun", "ddp", 1),
+        slow("torchrun", "fsdp", 0),
+        slow("mpirun", "mpi", 1),
+        slow("mpirun", "mpi", 0),
+    ],
+)
+def test_sigterm_to_one_rank_stops_all_at_one_step_and_the_rerun_is_exact(
+    folder: Path, reference: Callable[[str, str], object], launcher: str, strategy: str, rank: int
+) -> None:
+    """Without waiting for a log; torchrun itself turns every code but 0 into 1."""
+    name = f"preempted-{launcher}-{strategy}-{rank}"
+    processes = launched(launcher, long(name, strategy), folder)
     wait_for(folder / "runs" / name / "metrics.jsonl")
-    tasks[rank].send_signal(signal.SIGTERM)
-    ended(*tasks, code=75)
+    os.kill(pid_of(name, rank), signal.SIGTERM)
+    ended(*processes, code=1 if launcher == "torchrun" else 75)
     stopped = checkpoints(folder, name)
-    assert len(stopped) == 1 and 0 < stopped[0] < LONG
-    ended(*srun(words(name), folder))
+    assert len(stopped) == 1 and LOG <= stopped[0] < 2 * LOG
+    ended(*launched(launcher, long(name, strategy), folder))
     assert checkpoints(folder, name) == [*stopped, LONG]
-    assert equal(state(folder, name), state(folder, "reference"))
+    assert equal(state(folder, name), reference(launcher, strategy))
 
 
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 60
-    while not path.exists() and time.monotonic() < end:
+def wait_for(log: Path) -> None:
+    """Until something has been logged."""
+    end = time.monotonic() + 200
+    while not log.exists() or "train/loss" not in log.read_text():
+        assert time.monotonic() < end, f"nothing in {log}"
         time.sleep(0.01)
