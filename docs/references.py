@@ -150,10 +150,10 @@ GROUPS = {
     "Configuration": ["TrainingConfig", "TrainingMode", "load_training_config", "get_qlora_config", "get_pretraining_config"],
     "Writing plugins": [
         "component", "option", "state", "hook", "Component", "Callback", "CallbackContext", "make_component", "is_installed",
-        "OptimizerComponent", "ForeachOptimizer", "Precision", "Tracker", "SampleOrder", "repeated_blocks",
+        "OptimizerComponent", "ForeachOptimizer", "Precision", "Tracker", "SampleOrder", "repeated_blocks", "parameters_of",
     ],
     "Several processes": ["Strategy", "ProcessGroupStrategy", "GradientSynchronizer", "DeviceManager", "Peer"],
-    "Errors": ["DrivetrainError", "ConfigError", "Problem", "PluginError", "DataError", "ModelError", "PeerFailure"],
+    "Errors": ["DrivetrainError", "ConfigError", "Problem", "PluginError", "DataError", "ModelError", "RunError", "PeerFailure"],
     "Callbacks of the standard plugins": [
         "ProgressCallback", "LoggingCallback", "CheckpointCallback", "EarlyStoppingCallback",
     ],
