@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset
+from torchmetrics.classification import BinaryAUROC, BinaryF1Score
 
 from drivetrain import Loss, ModelError, Precision, Trainer, TrainingConfig
+from drivetrain.cluster import detect
 
-WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+PLACE = detect()
+WORLD, STRATEGIES = PLACE.world_size, ("mpi",) if PLACE.launcher == "mpi" else ("ddp", "fsdp")
 
 
 class Seen:
@@ -59,23 +60,21 @@ def means(outputs: torch.Tensor, batch: Any) -> dict[str, Any]:
     return {"accuracy": right.float().mean(), "recall": Loss((right * batch[1][:, 0]).sum(), batch[1][:, 0].sum())}
 
 
-OBJECTS: dict[str, Any] = {"seen": Seen}
-if importlib.util.find_spec("torchmetrics"):
-    from torchmetrics.classification import BinaryAUROC, BinaryF1Score
+class F1(BinaryF1Score):
+    """Counts that are added up."""
 
-    class F1(BinaryF1Score):  # type: ignore[misc, unused-ignore]
-        """Counts that are added up."""
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        super().update(outputs[:, 0].sigmoid(), targets[:, 0].long())
 
-        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-            super().update(outputs[:, 0].sigmoid(), targets[:, 0].long())
 
-    class AUROC(BinaryAUROC):  # type: ignore[misc, unused-ignore]
-        """Lists of what it has seen."""
+class AUROC(BinaryAUROC):
+    """Lists of what it has seen."""
 
-        def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-            super().update(outputs[:, 0].sigmoid(), targets[:, 0].long())
+    def update(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        super().update(outputs[:, 0].sigmoid(), targets[:, 0].long())
 
-    OBJECTS |= {"f1": F1, "auroc": AUROC}
+
+OBJECTS: dict[str, Any] = {"seen": Seen, "f1": F1, "auroc": AUROC}
 
 
 def run(strategy: str, metrics: Any, n: int) -> Any:
@@ -99,10 +98,10 @@ def run(strategy: str, metrics: Any, n: int) -> Any:
 
 if __name__ == "__main__":
     found = {}
-    for strategy in ("ddp", "fsdp"):
+    for strategy in STRATEGIES:
         for n in (53, 3):
             found[f"{strategy} means {n}"] = run(strategy, means, n)
             found[f"{strategy} objects {n}"] = run(strategy, {name: made() for name, made in OBJECTS.items()}, n)
         found[f"{strategy} alone"] = run(strategy, {"seen": Alone()}, 5)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if PLACE.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))

