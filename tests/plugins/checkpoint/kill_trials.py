@@ -33,7 +33,7 @@ class Samples(torch.utils.data.Dataset):
 def train(output_dir: Path, run_name: str) -> None:
     """The same command each time."""
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(8, 256), nn.Tanh(), nn.Dropout(0.3), nn.Linear(256, 1))
+    model = nn.Sequential(nn.Linear(8, 512), nn.Tanh(), nn.Dropout(0.3), nn.Linear(512, 512), nn.Linear(512, 1))
     config = TrainingConfig(
         max_duration=f"{STEPS}st",
         per_device_batch_size=4,

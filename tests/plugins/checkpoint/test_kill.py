@@ -24,4 +24,5 @@ def test_killed_at_random_instants(tmp_path):
     count = json.loads(done.stdout)
     assert count["failed"] == 0, done.stderr
     assert count["killed"] >= 1  # else the kills came too late to mean anything
+    assert count["unfinished_saves"] >= 1  # a state of 3 MB, saved at each step: some kills must have met a save
     assert count["equal"] == count["tidy"] == trials
