@@ -9,6 +9,8 @@ import pytest
 from drivetrain_mlflow import MlflowTracker
 from drivetrain_testing import Check, conformance
 
+pytestmark = pytest.mark.slow  # its runs take long to begin and end
+
 
 @pytest.fixture(autouse=True)
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

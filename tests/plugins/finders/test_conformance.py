@@ -7,6 +7,8 @@ import pytest
 from drivetrain_finders import BatchSizeFinderCallback, LrFinderCallback
 from drivetrain_testing import Check, conformance
 
+pytestmark = pytest.mark.slow  # its runs take long to begin and end
+
 ALONE = {"two_ranks_equal_one": "it works with one process, and says so", "steps_call_no_collective": "the same"}
 
 

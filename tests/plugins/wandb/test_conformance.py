@@ -7,6 +7,8 @@ import pytest
 from drivetrain_testing import Check, conformance
 from drivetrain_wandb import WandbTracker
 
+pytestmark = pytest.mark.slow  # its runs take long to begin and end
+
 
 @conformance(WandbTracker(mode="offline"), processes=pytest.mark.slow)
 def test_conformance(check: Check) -> None:
