@@ -37,7 +37,8 @@ class Mpi(Component):
 
     bucket_mb: float = option(default=25.0, help="gradients are reduced in buckets of this size, in MiB")
     cuda_aware: bool | None = option(
-        default=None, help="hand GPU memory to MPI, which must have been built for it; by default what the library says of itself"
+        default=None,
+        help="hand GPU memory to MPI, which must have been built for it; by default what the library says of itself",
     )
     timeout: float = option(default=600.0, help="seconds of waiting for the others after which a process ends all")
     setup_timeout: float = option(default=900.0, help="the same until the end of the first step")
