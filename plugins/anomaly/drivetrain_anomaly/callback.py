@@ -11,9 +11,9 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, ModelError, component, hook, option, state
+from drivetrain import Callback, component, hook, option, state
 from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, judge_for, norms_of, worst
-from drivetrain_anomaly.record import Anomaly, append, samples_of
+from drivetrain_anomaly.record import Anomaly, AnomalyError, append, samples_of
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -218,7 +218,7 @@ class AnomalyCallback(Callback):
         for anomaly in found:
             self._tell(ctx, anomaly, back)
         if fatal := next((a for a in found if self._policy(a) == "raise"), None):
-            raise ModelError(f"{fatal}. Its update was {'left out' if fatal.left_out else 'made'}; {_samples(fatal)}.")
+            raise AnomalyError(f"{fatal}. Its update was {'left out' if fatal.left_out else 'made'}; {_samples(fatal)}.")
         if back:
             self._go_back(ctx, back)
         elif self._rolls_back and ctx.step >= self._snapshot_step + self.snapshot_every:
@@ -338,7 +338,7 @@ class AnomalyCallback(Callback):
         self.left_out += [(a.epoch, a.window) for a in bad]
         ctx.left_out |= set(self.left_out)
         if len(self.left_out) > self.max_rollbacks:
-            raise ModelError(f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}.")
+            raise AnomalyError(f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}.")
         saved = _copied(self._snapshot)  # what takes it over may keep its tensors
         saved["components"][self.plugin_name]["left_out"] = [list(place) for place in self.left_out]
         ctx.go_back(saved)

@@ -10,10 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import asdict, frozen
 
+from drivetrain import ModelError, RunError
+
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 EVENTS_FILE = "events.jsonl"
+
+
+class AnomalyError(ModelError, RunError):
+    """An anomaly that ends the run, with nothing wrong in what was asked for."""
 
 
 @frozen

@@ -54,12 +54,22 @@ class Divergence:
     leaves: tuple[str, ...]
     after_resume: bool
 
+    @property
+    def components(self) -> tuple[str, ...]:
+        """All parts that differ. Right after a resume nothing has followed from anything yet: each of them was lost by itself."""
+        return tuple(dict.fromkeys(map(_component, self.leaves)))
+
     def __str__(self) -> str:
         shown = ", ".join(self.leaves[:_SHOWN]) + (
             f" and {len(self.leaves) - _SHOWN} more" if len(self.leaves) > _SHOWN else ""
         )
         if self.after_resume:
-            return f"before step {self.step}, right after the resume: {self.component} is not as it was when saved ({shown})"
+            was = (
+                f"{self.component} is not as it was"
+                if len(self.components) == 1
+                else f"{', '.join(self.components)} are not as they were"
+            )
+            return f"before step {self.step}, right after the resume: {was} when saved ({shown})"
         return f"before step {self.step}: {self.component} differs ({shown}){self._hidden()}"
 
     def _hidden(self) -> str:

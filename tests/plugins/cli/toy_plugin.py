@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, CallbackContext, Component, DrivetrainError, Duration, component, option
+from drivetrain import Callback, CallbackContext, Component, DrivetrainError, Duration, RunError, component, option
 
 
 @component
@@ -93,10 +93,11 @@ class Boom(Callback):
     step: int = option(default=3, help="when")
     says: str = option(default="the data went away", help="what")
     mistake: bool = option(default=False, help="whether it calls that the user's mistake")
+    fails: bool = option(default=False, help="whether it calls that a failure of the run")
 
     def on_step_end(self, ctx: CallbackContext) -> None:
         if ctx.step == self.step:
-            raise DrivetrainError(self.says) if self.mistake else RuntimeError(self.says)
+            raise (DrivetrainError if self.mistake else RunError if self.fails else RuntimeError)(self.says)
 
 
 @component

@@ -39,6 +39,12 @@ class TestCompare:
         assert found is not None
         assert (found.step, found.component, found.after_resume) == (2, component, True)
 
+    def test_right_after_a_resume_every_part_that_differs_was_lost(self) -> None:
+        lost = {"optimizer/m": "x", "components/callback:ema/decay": "x", "components/callback:ema/weights": "x"}
+        found = first_divergence([record(0)], [record(0, first=True, **lost)])
+        assert found is not None and found.components == ("callback:ema", "optimizer")
+        assert "callback:ema, optimizer are not as they were when saved" in str(found)
+
     def test_what_is_never_the_same_twice_is_left_out(self) -> None:
         one, other = [record(0, clock="1")], [record(0, clock="2")]
         assert unrepeatable(one, other) == {"clock"}
