@@ -68,7 +68,7 @@ class CallbackContext:
     microbatch_loss: Tensor | Loss | None = None  # (may be replaced in on_loss) with gradient; a mean or a `Loss`
     microbatch: int = 0  # index within the step
     microbatches: int = 1  # how many this step has
-    counts: bool = True  # in on_evaluate_batch: False for a batch that stands in where other ranks have more, and counts for nothing
+    counts: bool = True  # in on_evaluate_batch: False for a batch that only stands in, where other ranks have more
     microbatch_parts: int = 1  # in how many parts each microbatch of the data is divided, since memory has run out
     window: list[Any]  # all of them, as they came from the data, from on_step_start to on_step_end
     left_out: set[tuple[int, int]]  # windows to pass over, as (epoch, index); may be added to, alike on all ranks
