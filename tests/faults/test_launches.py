@@ -144,6 +144,7 @@ def checkpoints(folder: Path, name: str) -> list[int]:
 def state(folder: Path, name: str) -> object:
     found = read_checkpoint(folder / "runs" / name / "checkpoints" / f"step-{LONG:08d}")
     del found["manifest"], found["progress"]["seconds"]
+    found["progress"].pop("metrics", None)  # the last log, with how fast the machine was
     return found
 
 
