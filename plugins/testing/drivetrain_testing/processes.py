@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from attrs import frozen
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from drivetrain import Callback, CallbackContext, GradientSynchronizer, ProcessGroupStrategy, Trainer, component, hook, option
 from drivetrain_testing.harness import Restore, final_state
@@ -140,7 +141,7 @@ class _SaveThenDie(Callback):
     @hook(trylast=True)
     def on_step_end(self, ctx: CallbackContext) -> None:
         if ctx.step == self.saved_at:
-            torch.save(ctx.state_dict(), self.file)
+            torch.save(_apart(ctx.state_dict()), self.file)
 
     @hook(trylast=True)
     def on_backward(self, ctx: CallbackContext) -> None:
@@ -159,6 +160,11 @@ def _train(build: Callable[..., Trainer], arguments: tuple[Any, ...], file: str 
     trainer = build(*arguments, callbacks=callbacks)
     trainer.train()
     return final_state(trainer)
+
+
+def _apart(value: Any) -> Any:
+    """Tensors of their own in place of those that share memory, under different types even, which torch.save does not take."""
+    return tree_map(lambda part: part.detach().clone() if isinstance(part, Tensor) else part, value)
 
 
 def _context() -> Any:
@@ -197,7 +203,7 @@ def _work(
     except BaseException as error:
         notes = traceback.format_exception(error)
         outcome = {"error": "".join(notes)[-4000:]}
-    torch.save(outcome, f"{file}.part")
+    torch.save(_apart(outcome), f"{file}.part")
     os.replace(f"{file}.part", file)
     if "error" in outcome:
         sys.exit(1)

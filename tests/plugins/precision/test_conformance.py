@@ -23,7 +23,7 @@ def test_conformance_of_bf16_true(check: Check) -> None:
 
 
 @conformance(
-    Fp16(),
+    Fp16(init_scale=64.0),  # with which no step overflows: which one does depends on the size of a microbatch
     unsupported={"steps_wait_for_no_device": "torch's GradScaler reads whether a gradient overflowed"},
     processes=pytest.mark.slow,
 )
