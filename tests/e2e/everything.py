@@ -18,6 +18,7 @@ CALLBACKS: dict[str, dict[str, Any]] = {  # in no step of a test are those due w
     "ema": {},
     "anomaly": {"nonfinite": "rollback", "spike": "skip", "warmup": 5},
     "ledger": {},
+    "gc": {},
     "gradient_stats": {"steps": 100000},
     "profiler": {"start": [50000]},
     "watchdog": {},

@@ -30,7 +30,13 @@ def anomalies(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 RUNS = [*(f"{how}-ddp" for how in ("nan-1-None", "inf-2-None", "spike-2-None", "nan-2-fp16", "inf-1-fp16"))]
-RUNS += ["nan-1-None-fsdp", "spike-2-None-fsdp"]
+RUNS += ["spike-1-fp16-ddp", "loss-2-None-ddp", "nan-1-None-fsdp", "spike-2-None-fsdp", "nan-2-fp16-fsdp"]
+IGNORED = [name for name in RUNS if "spike" in name or "loss" in name or "fp16" in name or name == "nan-1-None-ddp"]
+
+
+def overflows(name: str) -> bool:
+    """Whether the loss scale leaves the bad step out: it does not count, and its loss is not in the log's mean."""
+    return "fp16" in name and "spike" not in name
 
 
 @pytest.mark.timeout(300)
@@ -49,16 +55,34 @@ class TestAnomalies:
         assert not found["equal"], "negative control for the one above: the step has counted"
         assert found["finite"]
         assert all(found["weights"])
-        assert found["steps"] == 16 - ("fp16" in name), "a loss scale leaves an overflow out without counting it"
+        assert found["steps"] == 16 - overflows(name), "a loss scale leaves an overflow out without counting it"
         (event,) = found["events"]
         assert (event["step"], event["did"]) == (10, "left out")
-        assert event["loss"] in ({"nan": ["NaN"], "inf": ["Infinity", "NaN"]}.get(name[:3]) or [event["loss"]])
+        if name[:3] in ("nan", "inf"):
+            assert event["loss"] in {"nan": ["NaN"], "inf": ["Infinity", "NaN"]}[name[:3]]
+        else:  # the mean over the ranks and microbatches, of which one has about 1000² = 1e6
+            assert event["loss"] == pytest.approx(1e6 / (4 if "-2-" in name else 2), rel=0.05)
+        assert (event["kind"], event["tensor"] == "loss") == (
+            ("nonfinite", True) if name[:3] in ("nan", "inf") else ("spike", name[:4] == "loss")
+        )
 
     def test_raise(self, anomalies: dict[str, Any], name: str) -> None:
         found = anomalies[f"{name}-raise"]
         assert found["finite"]
         assert found["steps"] == 12
         assert len(set(found["errors"])) == 1 and "at step 10 (epoch 0, window 9)" in found["errors"][0]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", IGNORED)
+def test_ignore_makes_the_update_and_tells(anomalies: dict[str, Any], name: str) -> None:
+    found, skipped = anomalies[f"{name}-ignore"], anomalies[f"{name}-skip"]
+    first = found["events"][0]
+    assert (first["step"], first["window"], first["policy"]) == (10, 9, "ignore")
+    assert first["did"] == ("left out" if overflows(name) else "nothing"), "what a loss scale does, no policy changes"
+    assert found["steps"] == 16 - overflows(name)
+    assert found["finite"] == (name != "nan-1-None-ddp")
+    assert (found["flat"] == skipped["flat"]) == overflows(name)
 
 
 @pytest.fixture(scope="module")

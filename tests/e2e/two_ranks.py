@@ -70,17 +70,24 @@ def anomalies(folder: Path) -> dict[str, Any]:
         ("spike", 2, None, "ddp"),
         ("nan", 2, "fp16", "ddp"),
         ("inf", 1, "fp16", "ddp"),
+        ("spike", 1, "fp16", "ddp"),
+        ("loss", 2, None, "ddp"),  # a spike by the limit of the loss
         ("nan", 1, None, "fsdp"),
         ("spike", 2, None, "fsdp"),
+        ("nan", 2, "fp16", "fsdp"),
     ):
         name = f"{how}-{accumulation}-{precision}-{strategy}"
         options: dict[str, Any] = {"gradient_accumulation_steps": accumulation, "distributed": strategy}
         if precision is not None:
-            options["precision"] = {"use": precision, "init_scale": 1024.0}  # at which nothing overflows
+            options["precision"] = {"use": precision, "init_scale": 1.0 if how == "spike" else 1024.0}  # nothing overflows
         reference = run(folder, f"{name}-reference", batches(accumulation, without=True), **options)
         reference.train()
-        for policy in ("rollback", "skip", "raise"):
-            callback = AnomalyCallback(nonfinite=policy, spike=policy, warmup=4, snapshot_every=4, renew_every=4)
+        for policy in ("rollback", "skip", "raise", "ignore"):
+            if policy == "ignore" and how in ("nan", "inf") and precision is None and (accumulation, strategy) != (1, "ddp"):
+                continue  # one is enough: from there on everything is NaN
+            given = {"warmup": 4, "snapshot_every": 4, "renew_every": 4}
+            given |= {"norm_factor": None, "loss_factor": 50.0} if how == "loss" else {}
+            callback = AnomalyCallback(nonfinite=policy, spike=policy, **given)
             trainer = run(folder, f"{name}-{policy}", batches(accumulation, how), callback, **options)
             error = ""
             try:
@@ -91,6 +98,7 @@ def anomalies(folder: Path) -> dict[str, Any]:
             dist.barrier()
             weights = flat(trainer.model)
             found[f"{name}-{policy}"] = {
+                "flat": weights.tolist(),
                 "equal": torch.equal(weights, flat(reference.model)),
                 "finite": bool(torch.isfinite(weights).all()),
                 "steps": trainer.ctx.step,

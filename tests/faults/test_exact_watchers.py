@@ -31,7 +31,7 @@ def watchers() -> list[Callback]:
     """As many as there are with state, and one that times the rest."""
     return [
         EmaCallback(decay=0.9),
-        AnomalyCallback(nonfinite="rollback", spike="skip", norm_factor=2.0, warmup=2, snapshot_every=2),
+        AnomalyCallback(nonfinite="rollback", spike="skip", norm_factor=2.0, warmup=2, snapshot_every=2, renew_every=4),
         EarlyStoppingCallback(patience=100),
         GoodputCallback(show=False),
     ]

@@ -27,7 +27,7 @@ GRID: dict[str, dict[str, Any]] = {
     "progress": {},
     "logging": {"trackers": ["jsonl", "csv", "tensorboard"]},
     "checkpoint": {"every": "2st", "keep_last": 3},
-    "early_stopping": {"patience": 100},
+    "early_stopping": {"mode": "max", "patience": 100},  # the first evaluation is the best, so what is forgotten is missed
     "ema": {"decay": 0.9, "update_every": 2},
     "anomaly": {
         "nonfinite": "rollback",
@@ -38,6 +38,7 @@ GRID: dict[str, dict[str, Any]] = {
         "renew_every": 4,
     },
     "ledger": {},
+    "gc": {},
     "gradient_stats": {"steps": 3},
     "profiler": {"start": [5], "steps": 2, "top": 0},
     "watchdog": {},

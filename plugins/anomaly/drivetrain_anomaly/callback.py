@@ -73,7 +73,7 @@ class AnomalyCallback(Callback):
     warmup: int = option(default=50, validator=_more_than(0), help="good steps before anything is called a spike")
     decay: float = option(default=0.98, validator=_decay, help="of the exponential means")
     renew_every: int = option(
-        default=16, validator=_more_than(0), help="steps from one renewal of the means and of the limits by them to the next"
+        default=32, validator=_more_than(0), help="steps from one renewal of the means and of the limits by them to the next"
     )
     snapshot_every: int = option(default=100, validator=_more_than(0), help="steps between two snapshots for rollback")
     max_rollbacks: int = option(default=10, validator=_more_than(0), help="so many in a run; one more ends it")
@@ -312,8 +312,9 @@ class AnomalyCallback(Callback):
         loss, norm, _, limit = numbers
         tensor = "loss" if of_loss else self._gradient_to_blame(row)
         samples = samples_of(ctx, row.epoch, row.window)
-        left_out = not norm <= limit or (of_loss and self._loss_counts and not self._scaled)
-        left_out = left_out and self._policy_of(kind) != "ignore"
+        seen = not norm <= limit or (of_loss and self._loss_counts and not (self._scaled and kind == "nonfinite"))
+        by_scale = self._scaled and not math.isfinite(norm)
+        left_out = by_scale or (seen and self._policy_of(kind) != "ignore")
         return Anomaly(kind, row.step, row.epoch, row.window, loss, norm, tensor, samples, left_out)
 
     def _gradient_to_blame(self, row: Unread) -> str:
