@@ -37,7 +37,15 @@ PUBLIC_MODULES["plugins/scaffold"] = {"catalogue", "registry"}
 PUBLIC_MODULES["plugins/testing"] = {"cluster", "hooks", "hookspecs", "registry", "structure"}
 # What is imported only where something else has imported it already.
 BEHIND = defaultdict(set, {"contrib/mlflow": {"alembic", "sqlalchemy"}})  # imported by a dependency, which leaves them optional
-OPTIONAL = defaultdict(set, {"core": {"numpy", "packaging"}, "plugins/cli": {"matplotlib"}, "plugins/plan": {"matplotlib"}})
+OPTIONAL = defaultdict(
+    set,
+    {
+        "core": {"numpy", "packaging"},
+        "plugins/cli": {"matplotlib"},
+        "plugins/plan": {"matplotlib"},
+        "plugins/throughput": {"pynvml"},
+    },
+)
 
 # The core's modules, lowest first: a module imports only from lines above its own.
 LAYERS = """

@@ -569,10 +569,10 @@ def test_a_run_directory_that_cannot_be_written_is_named_with_its_key(
     def refuse(path: Path, *_: Any, **__: Any) -> Any:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "open" if exists else "mkdir", refuse)  # not by their modes: root may write anywhere
     model = mlp()
     cfg, optimizer = config(output_dir=tmp_path / "runs", run_name="a"), torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, callbacks=[Write()])
+    monkeypatch.setattr(Path, "open" if exists else "mkdir", refuse)  # not by their modes: root may write anywhere
     what = "written to (metrics.jsonl)" if exists else "made"
     said = f"output_dir: the run directory .*runs/a cannot be {re.escape(what)}: Permission denied. Choose another output_dir"
     with pytest.raises(ConfigError, match=said):

@@ -27,6 +27,8 @@ class Fall(Callback):
 
     at: int = option()
 
+    changes_training = False
+
     def on_loss(self, ctx: CallbackContext) -> None:
         if ctx.step == self.at:
             raise RuntimeError("fell")
@@ -119,7 +121,7 @@ def test_undamaged_it_goes_on_from_the_newest(begun: Path, whole: dict[str, torc
 def test_negative_control_without_hashes_it_is_silent(
     begun: Path, whole: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(drivetrain_checkpoint.store, "check_files", lambda directory, manifest: [])
+    monkeypatch.setattr(drivetrain_checkpoint.store, "check_files", lambda *_, **__: [])
     folder = shutil.copytree(begun, tmp_path / "run")
     place = folder / NEWEST / "model.safetensors"
     data = bytearray(place.read_bytes())

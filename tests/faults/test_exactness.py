@@ -395,6 +395,7 @@ PARTS: list[tuple[Any, ...]] = [
 ]
 WITHOUT_EFFECT_HERE = {  # each has its control in test_exact_results.py, where it has one
     ("progress", "tokens"): "the data has no tokens: 0",
+    ("progress", "microbatch_parts"): "1 as long as memory suffices; tests/core/test_shrinking.py has the control",
     ("progress", "evaluated_at"): "renewed by each evaluation",
     ("progress", "metrics", "logged"): "renewed by each log",
     ("progress", "metrics", "eval"): "renewed by each evaluation",

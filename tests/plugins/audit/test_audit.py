@@ -360,7 +360,7 @@ def test_a_run_under_audit_has_the_same_bits_and_leaves_nothing_behind(tmp_path:
     assert torch.equal(run.model.line.weight, plain.model.line.weight)  # type: ignore[union-attr, arg-type]
     assert {name: inspect.getattr_static(Tensor, name) for name in before} == before
     assert (builtins.print, warnings.showwarning, list(warnings.filters)) == (printer, shower, filters)
-    assert sys.getprofile() is None and not vars(run.ctx.strategy)
+    assert sys.getprofile() is None and not any(map(callable, vars(run.ctx.strategy).values()))
 
 
 @pytest.mark.parametrize("event", ["on_run_start", "on_gradients", "on_step_end"])

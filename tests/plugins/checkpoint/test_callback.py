@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -362,8 +363,8 @@ class Failing(Callback):
 @pytest.mark.parametrize("event", ["backward", "step_end"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_run_is_not_saved(tmp_path, event, error):
-    """Half a step must not become the newest checkpoint."""
-    with pytest.raises(error):
+    """Half a step must not become the newest checkpoint; Ctrl-C in its middle ends `train` without an error."""
+    with pytest.raises(error) if error is ValueError else nullcontext():
         make(tmp_path, CheckpointCallback(every="4st"), Failing(step=6, event=event, error=error)).train()
     assert steps_of(tmp_path) == [4]
     trainer = make(tmp_path, CheckpointCallback(every="4st"))

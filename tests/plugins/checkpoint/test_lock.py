@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 
@@ -175,7 +176,7 @@ def test_a_failed_run_gives_the_lock_back(trainer, error):
         def on_step_end(self, ctx):
             raise error("broken")
 
-    with pytest.raises(error):
+    with pytest.raises(error) if error is ValueError else nullcontext():  # Ctrl-C ends `train` without an error
         trainer(Broken(), CheckpointCallback()).train()
     assert trainer(CheckpointCallback()).train().completed
 

@@ -72,6 +72,7 @@ class TestShow:
             "step     int   3                     when",
             'says     str   "the data went away"  what',
             "mistake  bool  false                 whether it calls that the user's mistake",
+            "fails    bool  false                 whether it calls that a failure of the run",
         ]
 
     def test_only_the_first_paragraph(self, drivetrain: Any) -> None:

@@ -133,18 +133,17 @@ def test_sophia_h_trains_a_regression() -> None:
     assert sum(losses[-6:]) < 0.3 * sum(losses[:6])
 
 
-SUMMED = {"steps_call_no_collective": "the steps that estimate the curvature sum it over ranks"}
 SAMPLED = {"two_ranks_equal_one": "each rank samples labels of its own"}
 
 
 @conformance(
-    make_component("optimizer", SPECS[0]), model=classifier, data=class_data, loss=F.cross_entropy, unsupported=SUMMED | SAMPLED
+    make_component("optimizer", SPECS[0]), model=classifier, data=class_data, loss=F.cross_entropy, unsupported=SAMPLED
 )
 def test_conformance_of_sophia_g(check: Check) -> None:
     check()
 
 
-@conformance(make_component("optimizer", SPECS[1]), model=classifier, data=class_data, loss=F.cross_entropy, unsupported=SUMMED)
+@conformance(make_component("optimizer", SPECS[1]), model=classifier, data=class_data, loss=F.cross_entropy)
 def test_conformance_of_sophia_h(check: Check) -> None:
     check()
 
