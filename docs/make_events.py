@@ -32,8 +32,8 @@ LOGGING = (
     "Losses and whatever `ctx.log` was given stay on the device, each labelled by the step that the log belongs to. A logging step stacks "
     "them and reads them in one transfer; the host waits until the device has done the steps that it was given so far, because "
     "`on_log` promises numbers. An accelerator idles from then until the next kernel arrives: about the time in which the host launches "
-    "a step's first kernels, plus the listeners of `on_log`; with several ranks also one all-reduce of a number. Make `log_interval` longer "
-    "where that shows (`logging` in the table of goodput).",
+    "a step's first kernels, plus the listeners of `on_log`; with several ranks also one all-reduce of a number. Make "
+    "`log_interval` longer where that shows (`logging` in the table of goodput).",
 )
 NOT_SHOWN = ("run",)  # for the engine's own use
 

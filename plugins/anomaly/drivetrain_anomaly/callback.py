@@ -339,7 +339,9 @@ class AnomalyCallback(Callback):
         self.left_out += [(a.epoch, a.window) for a in bad]
         ctx.left_out |= set(self.left_out)
         if len(self.left_out) > self.max_rollbacks:
-            raise AnomalyError(f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}.")
+            raise AnomalyError(
+                f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}."
+            )
         saved = _copied(self._snapshot)  # what takes it over may keep its tensors
         saved["components"][self.plugin_name]["left_out"] = [list(place) for place in self.left_out]
         ctx.go_back(saved)
