@@ -335,4 +335,6 @@ class TestEvaluationData:
 def test_a_run_tells_what_has_changed_safely_as_well() -> None:
     run = trainer(saved_by(), log_interval="1st")
     run.train()
-    assert [str(c) for c in run.resume_changes if "Restore" not in c.key] == ["log_interval: 10st → 1st (the training computes the same)"]
+    assert [str(c) for c in run.resume_changes if "Restore" not in c.key] == [
+        "log_interval: 10st → 1st (the training computes the same)"
+    ]
