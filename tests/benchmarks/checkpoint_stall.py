@@ -174,7 +174,6 @@ def measure(parameters: int, rounds: int, directory: Path, way: str) -> Found:
         standard_callbacks=False,
         log_interval="1000st",
         precision="fp32",
-        optimizer="adamw",
         scheduler="constant",
         distributed="fsdp" if WORLD > 1 else "none",
         device="cpu",
@@ -182,7 +181,10 @@ def measure(parameters: int, rounds: int, directory: Path, way: str) -> Found:
     saving = Timed(every=f"{EVERY}st", keep_last=1, asynchronous=way != "synchronous", save_at_end=False)
     watch, durable = Measure(saving), list[float]()
     with writing(way, durable):
-        trainer = Trainer(Layers(parameters), config, TensorDataset(rows, rows), loss=nn.MSELoss(), callbacks=[saving, watch])
+        model = Layers(parameters)
+        given: dict[str, Any] = {"loss": nn.MSELoss(), "callbacks": [saving, watch]}
+        given["optimizer"] = torch.optim.AdamW(model.parameters(), fused=True)  # without memory of its own for each step
+        trainer = Trainer(model, config, TensorDataset(rows, rows), **given)
         trainer.train()
     found = watch.found
     first, *found["stall"] = found["stall"]

@@ -152,7 +152,7 @@ KILLS = {
     "rank 1 has left its note": (1, "rename", "written-00001", 2, False),
     "rank 0 writes": (0, "write", "state-00000", 2, True),
     "rank 0 takes the note": (0, "remove", "written-00001", 2, True),
-    "rank 0 writes the manifest": (0, "write", "manifest", 2, True),
+    "rank 0 writes the manifest": (0, "write", "manifest", 3, True),  # the first one is of the trial write at the start
     "rank 0 has written the manifest": (0, "fsync", "manifest", 2, False),
     "rank 0 renames": (0, "rename", "step-", 2, True),
     "rank 0 has renamed": (0, "rename", "step-", 2, False),

@@ -35,10 +35,17 @@ def all_kills() -> list[str]:
     return list(module.KILLS)
 
 
+def newest(name: str) -> tuple[int, ...]:
+    """The step of the newest checkpoint after a kill in the second save, at step 4: the first one's until rank 0 has renamed."""
+    if "has left its note" in name:  # rank 0 has all that it needs, and lives
+        return (2, 4)
+    return (4,) if any(word in name for word in ("has renamed", "rotates", "removes")) else (2,)
+
+
 def check(found: Any, said: str) -> None:
     for name, trial in found.items():
         assert trial["killed"], (name, trial, said[-3000:])  # else the point was never reached
-        assert trial["newest"] in ((4,) if "renamed" in name or "rotates" in name or "removes" in name else (2,)), (name, trial)
+        assert trial["newest"] in newest(name), (name, trial)
         assert trial["rejected"] == 0
         assert trial["again"] == [0, 0], (name, said[-3000:])
         assert trial["left"] == ["step-00000006"], (name, trial)
