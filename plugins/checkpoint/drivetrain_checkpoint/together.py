@@ -163,13 +163,15 @@ class Together:
         return any(gather(future.done() and future.exception() is not None))
 
     def agree(self, future: Future[Any], gather: Callable[[Any], list[Any]]) -> None:
-        """Wait until all processes but the first have written; when one could not, process 0 gives up. All of them come here."""
+        """Wait until all processes have written; when one could not, process 0 gives up. All of them come here."""
         error = future.exception() if self.rank else None
         for rank, said in enumerate(gather(None if error is None else (str(error), _number(error)))):
             if said is not None and not self._stopped.is_set():
                 text, number = said
                 self._reason, self._cause = f"on rank {rank}: {text}", None if number is None else OSError(number, text)
                 self._stopped.set()
+        if self.rank == 0 and future.exception() is not None:
+            self.store.give_up(self.directory)  # again: another process may have been writing there the first time
 
     def hurry(self) -> None:
         """The run has failed, and the others may be gone."""

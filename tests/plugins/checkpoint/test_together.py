@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,29 @@ def test_one_rank_that_cannot_write_is_an_error_on_rank_0_and_leaves_nothing(tmp
     assert isinstance(found[0].exception().__cause__, OSError)
     assert [p.name for p in older.parent.iterdir()] == [older.name]
     assert diff(state(), load_newest(tmp_path)[0].tree) == []
+
+
+def test_what_another_rank_writes_after_rank_0_has_failed_is_removed_too(tmp_path, quick):
+    """Rank 1 is slower: it adds to the directory that rank 0 has given up."""
+    failed = threading.Event()
+
+    class First(Failing):
+        def rmdir(self, path):
+            failed.set()
+            if not (path / "model-00001.safetensors").exists():  # as if it came in between
+                assert arrived.wait(30)
+            super().rmdir(path)
+
+    class Slow(type(quick)):
+        def write(self, path, chunks):
+            assert failed.wait(30)
+            super().write(path, chunks)
+            arrived.set()
+
+    arrived = threading.Event()
+    found = cutting.save(tmp_path, state(), 1, 2, cutting.rows, {0: First("model-00000"), 1: Slow()})
+    assert "No space left" in str(found[0].exception())
+    assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_transient_error_of_one_rank_is_tried_again(tmp_path, diff, quick, monkeypatch):
