@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -45,7 +46,8 @@ def peak_tflops(device: torch.device) -> float | None:
 class StepCounter:
     """Counts the FLOPs of one step of this process: on from the end of a step to the end of the next.
 
-    The mode sees each operation and changes none. A compiled model runs past it, so there is no count for one.
+    The mode sees each operation and changes none: not torch's own `FlopCounterMode`, which takes some of them apart, and the step would
+    end with other last bits. A compiled model runs past it, so there is no count for one.
     """
 
     def __init__(self, ctx: CallbackContext) -> None:
@@ -56,12 +58,12 @@ class StepCounter:
     def step_ended(self) -> None:
         """Begin to count, or take the count that has been made."""
         if self._mode is not None:
-            found = self._mode.get_total_flops()
+            found = self._mode.flops
             self.cancel()
             self.flops = found or None
             self._possible = False
         elif self._possible:
-            self._mode = FlopCounterMode(display=False, custom_mapping=_on_cpus())
+            self._mode = _Counting()
             self._mode.__enter__()
 
     @property
@@ -76,15 +78,31 @@ class StepCounter:
             self._mode = None
 
 
+class _Counting(TorchDispatchMode):
+    """Adds up what torch's table says of each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self._table = {**flop_registry, **_on_cpus()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        count = self._table.get(func._overloadpacket)
+        if count is not None:
+            self.flops += int(count(*args, **(kwargs or {}), out_val=found))
+        return found
+
+
 def _on_cpus() -> dict[Any, Any]:
     """The attention kernel of CPUs, which torch's own table leaves out."""
     aten: Any = torch.ops.aten
 
-    def forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return int(sdpa_flop_count(query, key, value))
+    def forward(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_flop_count(query.shape, key.shape, value.shape))
 
-    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-        return int(sdpa_backward_flop_count(grad, query, key, value))
+    def backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
 
     names = {
         "_scaled_dot_product_flash_attention_for_cpu": forward,

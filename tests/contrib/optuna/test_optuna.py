@@ -230,7 +230,8 @@ def on_a_rank(folder: str) -> list[Any]:
 
     def make_study() -> optuna.Study:
         (Path(folder) / f"made-{os.getpid()}").touch()
-        return optuna.create_study(pruner=optuna.pruners.PercentilePruner(1e-9, n_startup_trials=1, n_warmup_steps=3))
+        pruner = optuna.pruners.PercentilePruner(1e-9, n_startup_trials=1, n_warmup_steps=3)
+        return optuna.create_study(pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=1))
 
     space = {"optimizer.lr": FloatDistribution(1e-3, 1e-1, log=True)}
     study = optimize_on_ranks(make_study, Objective(make, config(per_device_batch_size=8), space), n_trials=4)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import drivetrain_throughput
 from drivetrain import Callback, Precision, Trainer, TrainingConfig, component
@@ -330,3 +331,46 @@ def test_the_disk_and_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     run.log()
     assert run.ctx.metrics["system/disk_free_gb"] == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, rel=0.2)
     assert 0 < run.ctx.metrics["system/memory_percent"] <= 100
+
+
+class Normed(nn.Module):
+    """Operations that a mode could take apart: a norm, a gated product, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.attention, self.out = nn.RMSNorm(16), Attention(), nn.Linear(10, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.attention(nn.functional.silu(self.norm(x)) * x).flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["ours", "rounding"])
+def test_counting_changes_no_bit(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A run that goes on counts another step than one that was not interrupted, and must end with equal bits: so nothing may be taken
+    apart and put together otherwise. The control computes products another way."""
+    if mode != "ours":
+        monkeypatch.setattr("drivetrain_throughput.flops._Counting", Rounding)
+
+    def weights(*callbacks: Callback) -> torch.Tensor:
+        model = Normed()
+        generator = torch.Generator().manual_seed(1)
+        data = torch.utils.data.TensorDataset(torch.randn(32, 10, 16, generator=generator), torch.ones(32, 1))
+        config = TrainingConfig(max_duration="8st", per_device_batch_size=4, standard_callbacks=False, device="cpu")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=callbacks, precision=Precision()).train()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    equal = torch.equal(weights(ThroughputCallback()), weights())
+    assert equal if mode == "ours" else not equal
+
+
+class Rounding(TorchDispatchMode):
+    """Products in fp64: other last bits."""
+
+    flops = 1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.aten.mm:
+            return func(*(arg.double() for arg in args)).float()
+        return func(*args, **(kwargs or {}))
