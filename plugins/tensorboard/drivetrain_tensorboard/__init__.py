@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -42,6 +44,7 @@ class TensorboardTracker(Tracker):
         self._open(ctx.step + 1 if ctx.step else 0)
 
     def _open(self, purge: int) -> None:
+        _next_second(Path(self._folder))
         # TensorBoard hides what earlier files hold from this step on: steps that are run again, or all if the run begins anew.
         # A thread writes; it would keep events for two minutes, and flushing them here would cost a log a millisecond.
         self._writer = SummaryWriter(self._folder, purge_step=purge, max_queue=1000, flush_secs=1)
@@ -83,6 +86,14 @@ class TensorboardTracker(Tracker):
         if self._writer is not None:
             self._writer.close()
         self._writer = None
+
+
+def _next_second(folder: Path) -> None:
+    """Wait until a new file's name sorts behind all others. Names begin with the second, and TensorBoard reads in the order of names:
+    of two files of one second it might take the older for the newer."""
+    newest = max((path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*")), default="")
+    while newest == f"{int(time.time()):010d}":
+        time.sleep(0.01)
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.summary.writer import event_file_writer
 
 from drivetrain import make_component
 from drivetrain_tensorboard import TensorboardTracker
@@ -83,7 +84,9 @@ def _no_purge(folder: str, **options: Any) -> Any:
     return SummaryWriter(folder)
 
 
-def test_a_run_begun_anew_in_the_same_directory_hides_the_old_one(tmp_path: Path) -> None:
+def test_a_run_begun_anew_in_the_same_directory_hides_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a second, and if the writers' counter, the end of a file's name, turns from 9 to 10, which sorts before it."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
     sitting(tmp_path, 0, 10)
     sitting(tmp_path, 0, 4, offset=100.0)
     assert scalars(tmp_path, "train/loss") == [(2, 102.0), (4, 104.0)]
