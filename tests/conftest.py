@@ -19,16 +19,16 @@ def surroundings_stay_as_they_were() -> Iterator[None]:
     assert surroundings() == before
 
 
-SLOW = [line for line in Path(__file__).with_name("slow.txt").read_text().splitlines() if line and not line.startswith("#")]
+THOROUGH = [line for line in Path(__file__).with_name("thorough.txt").read_text().splitlines() if line and line[0] != "#"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what slow.txt lists, before `-m` chooses."""
-    whole, beginnings = set(SLOW), tuple(line[:-1] for line in SLOW if line.endswith("*"))
+    """Mark what thorough.txt lists, before `-m` chooses."""
+    whole, beginnings = set(THOROUGH), tuple(line[:-1] for line in THOROUGH if line.endswith("*"))
     for item in items:
         if item.nodeid in whole or item.nodeid.startswith(beginnings):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.thorough)
 
 
 def surroundings() -> tuple[dict[str, str], Path, bool]:
