@@ -294,7 +294,7 @@ class TestLayers:
         used = {found.top for found in all_imports(folder) if not found.typing_only}
         used |= {"tensorboard" for found in all_imports(folder) if found.module == "torch.utils.tensorboard"}  # its front
         used -= {own, "drivetrain", *OPTIONAL[folder], *sys.stdlib_module_names}
-        providers = {top: {normal(dist) for dist in dists} for top, dists in metadata.packages_distributions().items()}
+        providers = packages_distributions()
         declared = {name for name in requirements(folder) if not name.startswith("drivetrain")}
         given = declared if folder == "core" else declared | {"torch", "attrs"}  # the core's interface is made of these
         undeclared = {top for top in used if not providers.get(top, {top}) & given}
@@ -306,6 +306,12 @@ class TestLayers:
         code = "if TYPE_CHECKING:\n    import a.b\ndef f():\n    from drivetrain_lm import GPT\n"
         found = list(imports_in(code, "planted.py"))
         assert [(i.top, i.names, i.typing_only) for i in found] == [("a", (), True), ("drivetrain_lm", ("GPT",), False)]
+
+
+@cache
+def packages_distributions() -> dict[str, set[str]]:
+    """The distributions that install each top-level module; reading all their files takes a second."""
+    return {top: {normal(dist) for dist in dists} for top, dists in metadata.packages_distributions().items()}
 
 
 def core_modules(found: Import) -> list[str]:

@@ -90,11 +90,13 @@ def over_mpi(parameters: list[nn.Parameter], world: int) -> Callable[[], None]:
 def engine(task: Task, strategy: str) -> Steps:
     """The same by Drivetrain."""
     model, loss = build(task)
+    # a model without repeated blocks would be sharded in parts, where the script has one
+    strategies: dict[str, Any] = {"fsdp": {"use": "fsdp", "min_block_parameters": 10_000}}
     config = TrainingConfig(
         max_duration=f"{task.steps}st",
         per_device_batch_size=task.batch,
         max_grad_norm=None,
-        distributed=strategy,
+        distributed=strategies.get(strategy, strategy),
         precision="fp32",
         device="cpu",
         optimizer={"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay, "decay": "all"},

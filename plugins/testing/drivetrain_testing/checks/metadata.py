@@ -125,7 +125,7 @@ def _imported_by(subject: Subject) -> set[str]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
             found |= {name.partition(".")[0] for name in names}
-    return {name for name in found if name in _plugin_packages(subject.package)}
+    return found & _plugin_packages(subject.package)
 
 
 def _plugin_packages(own: str) -> set[str]:
