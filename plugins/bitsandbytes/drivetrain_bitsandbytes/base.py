@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -10,6 +11,10 @@ from torch import nn
 
 from drivetrain import CallbackContext, ConfigError, OptimizerComponent, PluginError, Problem, component, option
 
+# Looking for a faster kernel on a model hub, which optimizers do not use, it complains at import when it cannot.
+_noisy = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_level = _noisy.level
+_noisy.setLevel(logging.ERROR)
 try:
     from bitsandbytes import optim as optim  # for the modules of this package as well
 except Exception as error:  # missing, or its library does not load, for which it has several types
@@ -17,6 +22,8 @@ except Exception as error:  # missing, or its library does not load, for which i
         f"the 8-bit optimizers need the package bitsandbytes, which cannot be imported here ({type(error).__name__}: {error}). "
         "Repair it (pip install --force-reinstall --no-deps bitsandbytes), or use an optimizer with a 32-bit state, such as adamw."
     ) from error
+finally:
+    _noisy.setLevel(_level)
 
 LR_HELP = "peak learning rate; the schedule multiplies it"
 DECAY_HELP = "decay of the weights it applies to, see `decay`"

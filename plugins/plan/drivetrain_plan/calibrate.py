@@ -13,11 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from attrs import evolve
 from torch import nn
 
 from drivetrain import DeviceManager, DrivetrainError
 from drivetrain_plan.profiles import DeviceProfile
 from drivetrain_plan.recorder import Recorder
+from drivetrain_plan.roofline import operations_seconds
 
 _SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _ELEMENTS = tuple(2**i for i in range(10, 25, 2))
@@ -50,7 +52,7 @@ def calibrate(device: str = "auto") -> DeviceProfile:
     else:
         memory, name = float(place.total_memory or 0), place.name
     link, latency = _all_reduce() if bench.waits else _between_accelerators(place.count)
-    return DeviceProfile(
+    profile = DeviceProfile(
         name=name,
         rates=rates,
         memory=memory,
@@ -69,6 +71,7 @@ def calibrate(device: str = "auto") -> DeviceProfile:
         measured=measured,
         sources=[f"measured with torch {torch.__version__} on {name}"],
     )
+    return _as_in_a_step(profile, bench) if bench.waits else profile
 
 
 class _Bench:
@@ -135,6 +138,46 @@ class _Bench:
         with recorder:
             step()
         return self.best(step) / sum(recorder.operations.values())
+
+
+def _as_in_a_step(profile: DeviceProfile, bench: _Bench) -> DeviceProfile:
+    """The same with all times as much longer as a whole training step takes than its operations, each measured alone, with its
+    data in the processor's cache."""
+    model = _Reference().to(bench.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids = torch.randint(256, (8, 128), device=bench.device)
+
+    def step() -> None:
+        model(ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    recorder = Recorder()
+    with recorder:
+        step()
+    (alone,) = operations_seconds(recorder.operations, profile).values()
+    factor = bench.best(step) / alone[1]
+    longer = {name: [(work, factor * seconds) for work, seconds in curve] for name, curve in profile.measured.items()}
+    return evolve(profile, measured=longer, launch=factor * profile.launch)
+
+
+class _Reference(nn.Module):
+    """A small language model: torch's own layers."""
+
+    def __init__(self, width: int = 192) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True) for _ in range(3)
+        )
+        self.head = nn.Linear(width, 256)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
 
 def _added(count: int, device: torch.device) -> tuple[float, Callable[[], object]]:

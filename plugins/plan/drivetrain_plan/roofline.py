@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -69,9 +70,16 @@ def weights_of(found: Simulation) -> dict[str, int]:
 
 def phase_seconds(found: Simulation, device: DeviceProfile, compiled: bool = False, tf32: bool = False) -> dict[str, Shares]:
     """What each phase of the simulated step computes, in seconds, communication left out."""
+    return operations_seconds(found.operations, device, compiled, tf32)
+
+
+def operations_seconds(
+    operations: Mapping[Operation, int], device: DeviceProfile, compiled: bool = False, tf32: bool = False
+) -> dict[str, Shares]:
+    """The same for operations as a recorder counts them."""
     sums: dict[str, list[float]] = {}
     launches: dict[str, int] = {}
-    for operation, count in found.operations.items():
+    for operation, count in operations.items():
         row = sums.setdefault(operation.phase, [0.0, 0.0, 0.0])
         launches[operation.phase] = launches.get(operation.phase, 0) + count
         for share in range(3):
