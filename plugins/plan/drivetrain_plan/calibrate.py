@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -10,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,18 +20,19 @@ from torch import nn
 
 from drivetrain import DeviceManager, DrivetrainError
 from drivetrain_plan.profiles import DeviceProfile
-from drivetrain_plan.recorder import Recorder
+from drivetrain_plan.recorder import Operation, Recorder
 from drivetrain_plan.roofline import operations_seconds
 
 _SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _ELEMENTS = tuple(2**i for i in range(10, 25, 2))
 _LARGE = (2048, 4096, 8192)  # beside those, on accelerators
 _TRIES = 15
+_WIDTHS = (48, 192)  # of the reference models
 
 
 def calibrate(device: str = "auto") -> DeviceProfile:
     """Measure matrix products, memory traffic, the cost of an operation, copies to the host, and all-reduce between two processes
-    here; about 20 s.
+    here, and on a CPU whole training steps; about 30 s.
 
     Args:
         device: "auto" for the accelerator that torch finds, else the CPU; "cpu", "cuda", "xpu", …
@@ -141,9 +144,26 @@ class _Bench:
 
 
 def _as_in_a_step(profile: DeviceProfile, bench: _Bench) -> DeviceProfile:
-    """The same with all times as much longer as a whole training step takes than its operations, each measured alone, with its
-    data in the processor's cache."""
-    model = _Reference().to(bench.device)
+    """The same with all times as much longer as whole training steps take than their operations, each measured alone, with its
+    data in the processor's cache: by how much in a narrow model and in a wide one, and in between by the size of an operation."""
+    narrow, wide = (_step(profile, bench, width) for width in _WIDTHS)
+    measured = {}
+    for name, curve in profile.measured.items():
+        ends = [(step.products if name.startswith("products") else step.traffic, step.factor) for step in (narrow, wide)]
+        measured[name] = [(work, _between(ends, work) * seconds) for work, seconds in curve]
+    return evolve(profile, measured=measured, launch=narrow.factor * profile.launch)
+
+
+class _Step(NamedTuple):
+    """Of a reference model: its time over that of its operations, and the FLOP and bytes that an operation typically has."""
+
+    factor: float
+    products: float
+    traffic: float
+
+
+def _step(profile: DeviceProfile, bench: _Bench, width: int) -> _Step:
+    model = _Reference(width).to(bench.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     ids = torch.randint(256, (8, 128), device=bench.device)
 
@@ -157,15 +177,29 @@ def _as_in_a_step(profile: DeviceProfile, bench: _Bench) -> DeviceProfile:
     with recorder:
         step()
     (alone,) = operations_seconds(recorder.operations, profile).values()
-    factor = bench.best(step) / alone[1]
-    longer = {name: [(work, factor * seconds) for work, seconds in curve] for name, curve in profile.measured.items()}
-    return evolve(profile, measured=longer, launch=factor * profile.launch)
+    products, traffic = (
+        _typical({operation: getattr(operation, what) for operation in recorder.operations if bool(operation.flops) == flops})
+        for what, flops in (("flops", True), ("traffic", False))
+    )
+    return _Step(bench.best(step) / alone[1], products, traffic)
+
+
+def _typical(work: dict[Operation, int]) -> float:
+    """The size of operations by which most of the work is done: the mean, each weighted by its size."""
+    return sum(size**2 for size in work.values()) / sum(work.values())
+
+
+def _between(ends: list[tuple[float, float]], work: float) -> float:
+    """On the line between two points in the logarithm of the work; outside of them the nearer one's value."""
+    (x0, y0), (x1, y1) = ends
+    share = (math.log(work) - math.log(x0)) / (math.log(x1) - math.log(x0))
+    return y0 + min(1.0, max(0.0, share)) * (y1 - y0)
 
 
 class _Reference(nn.Module):
     """A small language model: torch's own layers."""
 
-    def __init__(self, width: int = 192) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, width)
         self.blocks = nn.ModuleList(

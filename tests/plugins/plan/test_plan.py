@@ -28,6 +28,7 @@ from drivetrain import (
     component,
 )
 from drivetrain_plan import DeviceProfile, load_profile, plan, sweep
+from drivetrain_plan import calibrate as calibration
 from drivetrain_plan.calibrate import _added, _Bench, calibrate, save
 from drivetrain_plan.profiles import names, parse, seconds_on
 from drivetrain_plan.recorder import Collective, Recorder
@@ -461,6 +462,26 @@ class TestCalibration:
     def test_a_device_that_is_not_there(self) -> None:
         with pytest.raises(ConfigError, match="no device is called 'tpu9'"):
             calibrate("tpu9")
+
+    def test_operations_take_as_long_as_in_whole_steps_of_a_narrow_and_a_wide_model(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three times as long in the narrow model, as long in the wide one: by size, twice as long half way between."""
+        steps = {48: calibration._Step(3.0, 1e4, 1e2), 192: calibration._Step(1.0, 1e6, 1e4)}
+        monkeypatch.setattr(calibration, "_step", lambda profile, bench, width: steps[width])
+        curve = [(1e1, 1.0), (1e3, 1.0), (1e5, 1.0), (1e7, 1.0)]
+        profile = DeviceProfile(
+            name="mine",
+            rates={"fp32": 1.0},
+            memory=1,
+            bandwidth=1,
+            launch=2.0,
+            measured={"products_fp32": curve, "traffic": curve},
+        )
+        found = calibration._as_in_a_step(profile, _Bench(torch.device("cpu")))
+        assert found.measured["products_fp32"] == pytest.approx([(1e1, 3.0), (1e3, 3.0), (1e5, 2.0), (1e7, 1.0)])
+        assert found.measured["traffic"] == pytest.approx([(1e1, 3.0), (1e3, 2.0), (1e5, 1.0), (1e7, 1.0)])
+        assert found.launch == 6.0
 
 
 class TestWhatCannotBeSimulated:
