@@ -20,8 +20,8 @@ from torch import nn
 
 from drivetrain import DeviceManager, DrivetrainError
 from drivetrain_plan.profiles import DeviceProfile
-from drivetrain_plan.recorder import Operation, Recorder
-from drivetrain_plan.roofline import operations_seconds
+from drivetrain_plan.recorder import Recorder
+from drivetrain_plan.roofline import phase_seconds
 
 _SIZES = (16, 32, 64, 128, 256, 512, 1024)
 _ELEMENTS = tuple(2**i for i in range(10, 25, 2))
@@ -176,17 +176,15 @@ def _step(profile: DeviceProfile, bench: _Bench, width: int) -> _Step:
     recorder = Recorder()
     with recorder:
         step()
-    (alone,) = operations_seconds(recorder.operations, profile).values()
-    products, traffic = (
-        _typical({operation: getattr(operation, what) for operation in recorder.operations if bool(operation.flops) == flops})
-        for what, flops in (("flops", True), ("traffic", False))
-    )
+    (alone,) = phase_seconds(recorder, profile).values()
+    products = _typical([operation.flops for operation in recorder.operations if operation.flops])
+    traffic = _typical([operation.traffic for operation in recorder.operations if not operation.flops])
     return _Step(bench.best(step) / alone[1], products, traffic)
 
 
-def _typical(work: dict[Operation, int]) -> float:
+def _typical(sizes: list[int]) -> float:
     """The size of operations by which most of the work is done: the mean, each weighted by its size."""
-    return sum(size**2 for size in work.values()) / sum(work.values())
+    return sum(size**2 for size in sizes) / sum(sizes)
 
 
 def _between(ends: list[tuple[float, float]], work: float) -> float:

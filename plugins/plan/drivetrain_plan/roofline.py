@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 
 from drivetrain_plan.profiles import DeviceProfile
-from drivetrain_plan.recorder import Collective, Operation
+from drivetrain_plan.recorder import Collective, Operation, Recorder
 from drivetrain_plan.simulate import Simulation
 
 _OVERLAPPED = 0.8  # of the time of forward and backward can hide collectives
@@ -68,18 +67,13 @@ def weights_of(found: Simulation) -> dict[str, int]:
     return {"forward 0": before, "backward 0": before}
 
 
-def phase_seconds(found: Simulation, device: DeviceProfile, compiled: bool = False, tf32: bool = False) -> dict[str, Shares]:
-    """What each phase of the simulated step computes, in seconds, communication left out."""
-    return operations_seconds(found.operations, device, compiled, tf32)
-
-
-def operations_seconds(
-    operations: Mapping[Operation, int], device: DeviceProfile, compiled: bool = False, tf32: bool = False
+def phase_seconds(
+    found: Simulation | Recorder, device: DeviceProfile, compiled: bool = False, tf32: bool = False
 ) -> dict[str, Shares]:
-    """The same for operations as a recorder counts them."""
+    """What each phase of a step computes, simulated or recorded from a real one, in seconds, communication left out."""
     sums: dict[str, list[float]] = {}
     launches: dict[str, int] = {}
-    for operation, count in operations.items():
+    for operation, count in found.operations.items():
         row = sums.setdefault(operation.phase, [0.0, 0.0, 0.0])
         launches[operation.phase] = launches.get(operation.phase, 0) + count
         for share in range(3):

@@ -91,12 +91,12 @@ def engine(task: Task, strategy: str) -> Steps:
     """The same by Drivetrain."""
     model, loss = build(task)
     # a model without repeated blocks would be sharded in parts, where the script has one
-    strategies: dict[str, Any] = {"fsdp": {"use": "fsdp", "min_block_parameters": 10_000}}
+    distributed: Any = {"use": "fsdp", "min_block_parameters": 10_000} if strategy == "fsdp" else strategy
     config = TrainingConfig(
         max_duration=f"{task.steps}st",
         per_device_batch_size=task.batch,
         max_grad_norm=None,
-        distributed=strategies.get(strategy, strategy),
+        distributed=distributed,
         precision="fp32",
         device="cpu",
         optimizer={"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay, "decay": "all"},

@@ -68,8 +68,8 @@ def plot(path: Path, result: dict[str, Any]) -> None:
     colours = ["#1f6feb" if n.startswith("drivetrain") else "#9aa4b2" if not n.startswith("raw") else "#57606a" for n in names]
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(names) + 1.3), dpi=150)
     axes.barh(names, ratios, color=colours, xerr=spread, error_kw={"ecolor": "#24292f", "elinewidth": 0.8})
-    for index, (ratio, (_, above)) in enumerate(zip(ratios, zip(*spread, strict=True), strict=True)):
-        axes.text(ratio + above + 0.02 * max(ratios), index, f"{ratio:.2f}×", va="center", fontsize=9)
+    for index, (_, row) in enumerate(rows):
+        axes.text(row["quartiles"][1] + 0.02 * max(ratios), index, f"{row['ratio']:.2f}×", va="center", fontsize=9)
     axes.axvline(1.0, color="#24292f", linewidth=0.8, linestyle=":")
     axes.set_xlim(0, 1.15 * max(row["quartiles"][1] for _, row in rows))
     axes.set_xlabel("time per step, tuned raw loop = 1")
