@@ -10,6 +10,7 @@ import tomllib
 import venv
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import nox
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-nox.options.sessions = ["lint", "types", "tests"]
+nox.options.sessions = ["lint", "types", "tests", "thorough"]
 
 ROOT = Path(__file__).parent
 GROUPS = nox.project.load_toml(ROOT / "pyproject.toml")["dependency-groups"]
 # The distributions that have a module, by their folders: "core", "plugins/lm", "contrib/data-pipeline", …
 PROJECTS = sorted([*ROOT.glob("plugins/*/pyproject.toml"), *ROOT.glob("contrib/*/pyproject.toml")])
 FOLDERS = ["core", *(str(project.parent.relative_to(ROOT)) for project in PROJECTS)]
+SHARED = ROOT / ".nox" / "shared"  # an environment with all of them, editable: to install it takes minutes
 
 
 @nox.session
@@ -34,24 +36,22 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "format", "--check", ".")
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def types(session: nox.Session) -> None:
     """Run mypy, strict, on every distribution as it is installed."""
-    session.install("-r", "requirements.txt", *GROUPS["types"])
-    session.run("mypy", *(part for folder in FOLDERS for part in ("-p", metadata(folder)["tool"]["flit"]["module"]["name"])))
+    modules = [metadata(folder)["tool"]["flit"]["module"]["name"] for folder in FOLDERS]
+    run_shared(session, "mypy", *(part for module in modules for part in ("-p", module)))
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
     """The quick suite, with every distribution editable; arguments after `--` go to pytest."""
-    session.install("-r", "requirements.txt")
     run_tests(session)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def thorough(session: nox.Session) -> None:
-    """Run the tests that tests/thorough.txt keeps out of the quick suite, since each takes seconds."""
-    session.install("-r", "requirements.txt")
+    """Run the tests that tests/thorough.txt keeps out of the quick suite: those that start processes, by and large."""
     run_tests(session, "-m", "thorough")
 
 
@@ -119,14 +119,13 @@ def install(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-m", "install", *tests, *session.posargs)
 
 
-@nox.session
+@nox.session(venv_backend="none")
 def trials(session: nox.Session) -> None:
-    """The whole of what the quick suite takes a part of: hundreds of kills, the grid of resumes, thousands of odd files.
+    """The whole of what the other suites take a part of: hundreds of kills, the grid of resumes, thousands of odd files.
 
     TRIALS=1000 in the environment for more kills than 300.
     """
-    session.install("-r", "requirements.txt")
-    session.run("python", "-m", "pytest", "-m", "slow", "tests", *session.posargs)
+    run_shared(session, "pytest", "-m", "slow", "tests", *session.posargs)
 
 
 @nox.session
@@ -164,8 +163,24 @@ def real_model(session: nox.Session) -> None:
 
 def run_tests(session: nox.Session, *chosen: str) -> None:
     """In a process for each core, with one thread each; whole files, since fixtures that start processes serve all of a file."""
-    parallel = ["-n", "auto", "--dist", "loadfile"]
-    session.run("python", "-m", "pytest", *parallel, *chosen, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    run_shared(session, "pytest", "-n", "auto", "--dist", "loadfile", *chosen, *session.posargs, OMP_NUM_THREADS="1")
+
+
+def run_shared(session: nox.Session, *command: str, **variables: str) -> None:
+    """Run a module of Python in the environment of all distributions, which is brought up to date once in a run of nox."""
+    bring_up_to_date()
+    python = Path(python_of(SHARED))
+    session.run(str(python), "-m", *command, env={"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", **variables})
+
+
+@cache
+def bring_up_to_date() -> None:
+    """Install every distribution, editable, and the types that mypy reads into the shared environment."""
+    if not SHARED.exists():
+        venv.create(SHARED, symlinks=os.name != "nt", with_pip=True)
+    subprocess.run(
+        [python_of(SHARED), "-m", "pip", "install", "-q", "-r", "requirements.txt", *GROUPS["types"]], cwd=ROOT, check=True
+    )
 
 
 def install_tools(session: nox.Session, group: str, *more: str) -> None:

@@ -104,6 +104,7 @@ def engine(width: int, batch: int, baton: Baton, fused: bool, folder: Path, call
         callbacks=callbacks,
         standard_callbacks=False,
         device="cpu",
+        precision="fp32",  # as the raw loop's
     )
     turns = Turns(baton=baton)
     Trainer(
