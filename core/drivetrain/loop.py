@@ -251,7 +251,7 @@ class Loop:
                     weights.append(counted.weight)
                 totals.append(scaled.detach())
                 self.backward(scaled)
-        total = torch.stack(totals).sum()
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
         if unit is None:
             ctx.loss_tensor = total
             return None

@@ -84,7 +84,7 @@ class Meetings:
         return True
 
     def _listen(self) -> None:
-        pause = max(0.02, self._world_size / 5000)  # not more than 5000 questions in a second for the store
+        pause = max(0.05, self._world_size / 5000)  # not more than 5000 questions in a second for the store
         while not self._closed:
             self._wake.wait(_OPEN if self._promised is not None and not self._decided.is_set() else pause)
             self._wake.clear()

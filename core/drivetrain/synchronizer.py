@@ -64,6 +64,11 @@ class GradientSynchronizer:
         """Leave gradients local: for every backward of a step but the last. The context can be entered again and again."""
         return self._no_sync
 
+    @property
+    def all_started(self) -> bool:
+        """Whether no further bucket of this step is to be started: nothing is left that the newest could travel beside."""
+        return self._started == len(self._buckets)
+
     def reduce(self, weight: float | Tensor | None = None) -> None:
         """Replace each gradient by its sum over ranks, divided by the sum of `weight` over ranks (by the number of ranks if None).
 

@@ -110,13 +110,20 @@ class MpiStrategy(Strategy):
         return model
 
     def _start(self, flat: Tensor) -> Callable[[], Tensor]:
-        """Start the sum of a bucket in fp32 at least, since MPI knows no bfloat16."""
+        """Start the sum of a bucket in fp32 at least, since MPI knows no bfloat16.
+
+        The step's last one is not only started but awaited: backward is over, and MPI libraries take about half as long for a blocking sum.
+        """
         wide = flat.float() if flat.dtype in (torch.bfloat16, torch.float16) else flat
         if wide.device.type != "cpu" and self.aware:
             torch.accelerator.current_stream(wide.device).synchronize()  # MPI knows nothing of the work that still fills it
             buffer = wide
         else:
             buffer = wide.cpu()
+        if self.synchronizer is not None and self.synchronizer.all_started:
+            with self.waits:
+                self.gradients.Allreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
+            return lambda: buffer
         request = self.gradients.Iallreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
 
         def wait() -> Tensor:

@@ -12,7 +12,6 @@ GLOO = dict.fromkeys(
     [
         "two_ranks_equal_one",
         "collectives_agree",
-        "weights_keep_their_names",
         "partial_windows_are_exact",
         "states_fit_other_strategies",
     ],
