@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -133,7 +135,11 @@ class Trainer:
         all end as if they were the only one. Data that one of them waits for must not come from another's step. Code outside of
         runs that draws from the global generators meanwhile (a new model's weights) draws from the numbers of the run that has them.
         """
-        return in_turns(self.ctx.device, self._sitting(resume))
+        steps = in_turns(self.ctx.device, self._sitting(resume))
+        close = partial(_close, weakref.ref(steps))  # a loop that was left lives as long as the caller keeps its iterator
+        atexit.register(close)
+        weakref.finalize(steps, atexit.unregister, close).atexit = False
+        return steps
 
     def _sitting(self, resume: str | Path | None) -> Generator[Step, None, None]:
         ctx, run = self.ctx, self._run
@@ -490,6 +496,12 @@ class Trainer:
 
     def __repr__(self) -> str:
         return f"Trainer({type(self.model).__name__}, step={self.ctx.step}, device={self.ctx.device})"
+
+
+def _close(steps: weakref.ref[Generator[Step, None, None]]) -> None:
+    """End a run whose loop was left, while the interpreter is whole."""
+    if (running := steps()) is not None:
+        running.close()
 
 
 @contextmanager

@@ -8,6 +8,8 @@ import errno
 import pstats
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +242,21 @@ def test_train_and_steps_are_the_same_engine() -> None:
         run(Trainer(model, config(), regression(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)))
         results.append(weights(model))
     assert torch.equal(*results)
+
+
+def test_a_loop_that_is_left_and_kept_ends_with_the_process_in_good_order(tmp_path: Path) -> None:
+    script = tmp_path / "left.py"
+    script.write_text(
+        "from drivetrain_testing import tiny_trainer\n"
+        "from drivetrain import Callback\n"
+        "class Ends(Callback):\n"
+        "    def on_run_end(self, ctx):\n"
+        "        print(ctx.step, ctx.stop_reason)\n"
+        "steps = tiny_trainer(Ends(), steps=9).steps()\n"
+        "next(steps), next(steps)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.stdout.strip(), done.stderr, done.returncode) == ("2 the caller left the loop", "", 0)
 
 
 def test_leaving_the_loop_ends_the_run_in_good_order_and_it_can_go_on() -> None:
