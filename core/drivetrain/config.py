@@ -60,6 +60,7 @@ class DataLoaderConfig:
     drop_last: bool = _key(False, "leave out a last microbatch that is not full")
     pin_memory: bool | None = _key(None, "page-locked host memory for faster copies; by default on CUDA devices only")
     prefetch_factor: int = _key(2, "microbatches fetched ahead by each worker", minimum=1)
+    timeout: float = _key(0.0, "seconds to wait for a worker, then an error; 0 waits for ever", minimum=0)
 
 
 def _on_set(config: TrainingConfig, attribute: attrs.Attribute[Any], value: Any) -> Any:
@@ -601,6 +602,8 @@ def run_name_problem(name: str) -> str | None:
     """What is wrong with a run's name as the name of a directory; None when nothing is."""
     if len(name) > 100:
         return f"is {len(name)} characters long, the limit is 100"
+    if re.fullmatch(r"(con|prn|aux|nul|(com|lpt)[0-9])(\..*)?|.*\.", name, re.IGNORECASE):
+        return f"{name!r} cannot name a directory on Windows, where it is a device's name or loses its last dot: choose another"
     if not re.fullmatch(r"[A-Za-z0-9][\w.+=@-]*", name, re.ASCII):
         return f"{name!r} cannot name a directory: begin with a letter or digit, then letters, digits and any of . _ - + = @"
     return None

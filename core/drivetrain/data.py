@@ -172,6 +172,7 @@ class MapSource(Source):
             num_workers=loader.num_workers,
             persistent_workers=loader.num_workers > 0,
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
+            timeout=loader.timeout if loader.num_workers else 0,
             pin_memory=pin,
             worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # else each epoch's iterator would draw from the global generator
@@ -292,6 +293,7 @@ def _stream_loader(data: Any, batch_size: int, loader: DataLoaderConfig, collate
         collate_fn=collate,
         num_workers=workers,
         prefetch_factor=loader.prefetch_factor if workers else None,
+        timeout=loader.timeout if workers else 0,
         pin_memory=pin,
     )
 

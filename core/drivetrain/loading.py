@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import count
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from torch.utils.data import (
     default_collate,
     get_worker_info,
 )
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from drivetrain.errors import RunError
 from drivetrain.rng import isolated, mix, seed_host
 
 Collate = Callable[[list[Any]], Any]
@@ -46,12 +49,42 @@ class Loader(DataLoader[Any]):
         self._started = super().__iter__()
         return self._started
 
+    def _get_iterator(self) -> Any:
+        if not self.num_workers:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
+        return _Workers(self)
+
     def close(self) -> None:
         """End the workers now; another iteration starts new ones."""
         atexit.unregister(self.close)  # it would keep the loader and its data alive as long as the process
-        if self._started is not None and self.num_workers:
-            self._started._shutdown_workers()
-        self._started = self._iterator = None
+        started, self._started, self._iterator = self._started, None, None
+        if started is not None and self.num_workers:
+            started._shutdown_workers()
+            for worker in started._workers:
+                worker.kill()  # one that hangs in a sample has ignored the termination, and the process would wait for it
+                worker.join()
+
+
+class _Workers(_MultiProcessingDataLoaderIter):
+    """Names the worker that has died, or whose batch is overdue. torch may notice a death elsewhere, and names the process then."""
+
+    def _get_data(self) -> Any:
+        try:
+            return super()._get_data()  # type: ignore[no-untyped-call]
+        except (RuntimeError, OSError, EOFError) as error:
+            late = "timed out" in str(error)
+            ended = wait([worker.sentinel for worker in self._workers], timeout=0 if late else 1)
+            dead = [number for number, worker in enumerate(self._workers) if worker.sentinel in ended]
+            if not dead and not late:
+                raise
+            number = dead[0] if dead else self._task_info[self._rcvd_idx][0]
+            worker = self._workers[number]
+            said = f"has sent nothing for {self._timeout:g} s: it hangs in a sample, or needs a longer dataloader.timeout"
+            if dead:
+                worker.join()
+                said = f"has died with exit code {worker.exitcode}; -9 is often for want of memory"
+            raise RunError(f"worker {number} of the data loader (process {worker.pid}) {said}.") from error
 
 
 def draws_once(loader: Any) -> bool:

@@ -214,7 +214,9 @@ def test_contradictions() -> None:
         TrainingConfig(max_duration="10%")
 
 
-@pytest.mark.parametrize("name", ["../x", "/abs", "a/b", "a\0b", "", ".hidden", "x" * 101, "a\nb", "~"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/abs", "a/b", "a\0b", "", ".hidden", "x" * 101, "a\nb", "~", "CON", "nul", "com1.txt", "a."]
+)
 def test_run_names_that_are_no_directory_names(name: str) -> None:
     with pytest.raises(ConfigError, match="run_name"):
         TrainingConfig(run_name=name)

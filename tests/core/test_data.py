@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset, get_worker_info
 
-from drivetrain import DataError, Trainer, TrainingConfig
+from drivetrain import DataError, RunError, Trainer, TrainingConfig
 from drivetrain.config import DataLoaderConfig
 from drivetrain.data import Split, make_source
 
@@ -341,6 +344,48 @@ def test_ranks_share_the_same_steps(world: int) -> None:
         if isinstance(data, TensorDataset):
             alone = make_source(data, Split(per_step), seed=5).open(1)
             assert steps == [sorted(window.batches[0][0].tolist()) for window in alone]
+
+
+class Fatal(Augmented):
+    """A sample that ends the process which reads it, or keeps it for ever; the others come."""
+
+    how: Callable[[], object]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == 17:
+            self.how()
+        return super().__getitem__(index)
+
+
+def kill_oneself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
+def test_a_killed_worker_is_named() -> None:
+    """Where its batch is waited for, or by torch in whatever else the process is doing; the run's end closes the loader."""
+    data, model = Fatal(), nn.Linear(4, 1)
+    data.how = kill_oneself
+    config = TrainingConfig(max_duration="1ep", per_device_batch_size=4, dataloader={"num_workers": 2}, device="cpu")
+    parts = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "loss": nn.MSELoss()}
+    trainer = Trainer(model, config, data, **parts)  # type: ignore[arg-type]
+    named = (
+        r"worker \d of the data loader \(process \d+\) has died with exit code -9|DataLoader worker \(pid \d+\) is killed by"
+    )
+    with pytest.raises((RunError, RuntimeError), match=named):
+        trainer.train()
+
+
+def test_a_worker_that_hangs_is_named_and_ended() -> None:
+    """It leaves signals to the training process, which would wait for it at its own end."""
+    data = Fatal()
+    data.how = partial(time.sleep, 3600)
+    source = make_source(data, Split(4), seed=5, loader=DataLoaderConfig(num_workers=1, timeout=3.0))
+    with pytest.raises(RunError, match=r"worker 0 of the data loader \(process \d+\) has sent nothing for 3 s"):
+        list(source.open(0))
+    hanging = source._loader._started._workers
+    source.close()
+    assert not any(worker.is_alive() for worker in hanging)
 
 
 @pytest.mark.parametrize("first", ["torch", "multiprocessing.util"])  # whose functions are called first at the exit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -147,6 +148,17 @@ def test_the_whole_group_with_workers_gets_the_signal(tmp_path: Path, small: Tri
     ended = small.wait()
     assert ended.code == PREEMPTED, ended.err
     small.finish(name, *given)
+
+
+@pytest.mark.parametrize("fault", ["kill", "hang"])
+def test_a_worker_that_is_killed_or_hangs(small: Trials, fault: str) -> None:
+    """F21: as by the system when memory is short. The run ends in good order, names the worker, and goes on exactly."""
+    given = ["dataloader.num_workers=2", "dataloader.timeout=5.0"]
+    ended = small.call(fault, *given, WORKER_FAULT=f"{fault}:20")
+    said = r"worker 1 of the data loader \(process \d+\) " + ("has died|" if fault == "kill" else "has sent nothing for 5 s")
+    assert ended.code == 1 and re.search(said + r"DataLoader worker \(pid" * (fault == "kill"), ended.err), ended.err
+    assert "go on with: drivetrain resume" in ended.err
+    small.finish(fault, *given)
 
 
 def test_resume_goes_on_after_a_kill_as_well(small: Trials) -> None:

@@ -1,7 +1,8 @@
 """What the trials train, named on the command line: a model of a chosen size, data, and a callback that ends its own process.
 
 The variable FAULT names the point: `place:n:how`, at the n-th time that the run comes there; how is "kill" or a signal's name. A place is
-an event (on_forward), an operation on the checkpoint's disk (rename; half of write), or saving of the configuration.
+an event (on_forward), an operation on the checkpoint's disk (rename; half of write), or saving of the configuration. WORKER_FAULT is
+`how:n`: the second worker of the training data kills itself, or hangs, in its n-th sample.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import get_worker_info
 
 from drivetrain import Callback, CallbackContext, Component, OptimizerComponent, TrainingConfig, component, option, state
 from drivetrain_checkpoint import Files
@@ -53,14 +55,20 @@ class TrialModel(Component):
 class Samples:
     """Every one another, with noise that is drawn when it is read."""
 
-    def __init__(self, slow: float) -> None:
-        self.slow = slow
+    def __init__(self, slow: float, fault: str = "") -> None:
+        self.slow, self.read = slow, 0
+        self.how, _, self.last = fault.partition(":")
 
     def __len__(self) -> int:
         return 30
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(self.slow)
+        worker, self.read = get_worker_info(), self.read + 1
+        if self.how and worker is not None and worker.id == 1 and self.read == int(self.last):
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(3600)
         return torch.full((8,), index / 30) + 0.1 * torch.randn(8), torch.tensor([index % 7 / 7])
 
 
@@ -72,9 +80,10 @@ class TrialData(Component):
     slow: float = option(default=0.0, help="seconds for a sample")
 
     def make_dataset(self, ctx: CallbackContext) -> Samples:
-        return Samples(self.slow)
+        return Samples(self.slow, os.environ.get("WORKER_FAULT", ""))
 
-    make_eval_dataset = make_dataset
+    def make_eval_dataset(self, ctx: CallbackContext) -> Samples:
+        return Samples(self.slow)
 
 
 @component
