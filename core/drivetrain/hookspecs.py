@@ -1,6 +1,6 @@
 """Every point at which a plugin can take part. The loop, with each event in its place:
 
-    make_model · make_dataset · make_strategy · make_precision · make_optimizer · make_schedule      (once, choose one)
+    make_strategy · make_model · make_precision · make_dataset · make_optimizer · make_schedule      (once, choose one)
     on_restore                                                        (a checkpoint plugin loads a state here)
     on_run_start
     for each epoch:
@@ -93,7 +93,7 @@ class MakeSpecs:
 
     @choose_one
     def make_precision(self, ctx: CallbackContext) -> Precision:
-        """In which numbers the model computes (kind `precision`). `ctx.device` is known."""
+        """In which numbers the model computes (kind `precision`). `ctx.device` is known, and `ctx.model` as it was built."""
 
     @choose_one
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:

@@ -79,8 +79,8 @@ class Run:
         if self.chosen_because:
             ctx.strategy.reason += f"; {ctx.strategy.name}, since {self.chosen_because}"
         agree(ctx, self.components)
-        ctx.precision = given.precision or self.pm.choose("make_precision", ctx) or Precision()
         ctx.model = build(given.model, self.pm, ctx)
+        ctx.precision = given.precision or self.pm.choose("make_precision", ctx) or Precision()
         self.transfer = None if self.devices.type == "cpu" else self.devices.to
         self.source = self._train_source()
         self.eval_source = self._eval_source()

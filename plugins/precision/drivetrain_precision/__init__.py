@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 
 from drivetrain import CallbackContext, Component, ConfigError, Precision, Problem, component, hook, option
 from drivetrain_precision.autocast import AutocastPrecision, ScaledPrecision
@@ -25,6 +26,7 @@ __all__ = [
     "SplitPrecision",
     "Tf32",
 ]
+_WORTH_CASTING = 1 << 16  # numbers in a model's largest matrix from which on bf16 is no slower on CPUs
 
 
 def _full(name: str, reason: str) -> Precision:
@@ -254,16 +256,24 @@ class Auto(Component):
     T4); else fp32. `reason` says what was chosen and why.
 
     Hardware means: NVIDIA GPUs of compute capability 8.0 and more, AMD GPUs under ROCm, Intel GPUs that say so, x86 CPUs with
-    AVX512-BF16 or AMX, Arm CPUs for which oneDNN has bfloat16 kernels.
+    AVX512-BF16 or AMX, Arm CPUs for which oneDNN has bfloat16 kernels. On a CPU a model whose largest matrix has fewer than 65,536
+    numbers stays in fp32: each operation's casts take longer there than its product gains (tests/benchmarks/precision_cpu.py --widths).
     """
 
     kind: ClassVar[str] = "precision"
 
     def make_precision(self, ctx: CallbackContext) -> Precision:
-        """bf16, fp16 or fp32 for `ctx.device`."""
+        """bf16, fp16 or fp32 for `ctx.device` and `ctx.model`."""
         native, why = bf16_support(ctx.device)
+        if native and ctx.device.type == "cpu" and (largest := _largest_matrix(ctx.model)) < _WORTH_CASTING:
+            return _full("fp32", f"fp32: bf16 is {why}, but with matrices of at most {largest:,} numbers its casts take longer")
         if native:
             return _bf16(ctx.device, f"bf16: {why}")
         if fp16_is_fast(ctx.device):
             return ScaledPrecision(ctx.device, f"fp16 with dynamic loss scaling: bf16 is {why}, whose matrix units take fp16")
         return _full("fp32", f"fp32: bf16 is {why}")
+
+
+def _largest_matrix(model: nn.Module) -> int:
+    """Numbers in the largest parameter that may be a factor of a matrix product."""
+    return max((p.numel() for p in model.parameters() if p.dim() > 1), default=0)

@@ -20,8 +20,9 @@ from drivetrain_precision import support as support_module
 CPU = torch.device("cpu")
 
 
-def context(device: str | torch.device = CPU) -> Any:
-    return SimpleNamespace(device=torch.device(device), config=TrainingConfig(), strategy=Strategy())
+def context(device: str | torch.device = CPU, width: int = 256) -> Any:
+    model = nn.Linear(width, width, device="meta")
+    return SimpleNamespace(device=torch.device(device), config=TrainingConfig(), strategy=Strategy(), model=model)
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -378,6 +379,16 @@ def test_auto_takes_bf16_on_a_cpu_exactly_when_it_is_native(monkeypatch: pytest.
     assert precision.name == ("bf16" if native else "fp32")
     assert precision.reason == ("bf16: native on this CPU" if native else "fp32: bf16 is not native on this CPU")
     assert (precision.forward() is not None) == native
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch has no CUDA here, and says so
+def test_auto_leaves_small_models_in_fp32_on_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(support_module, "_cpu_has_bf16", lambda: True)
+    pretend_cuda(monkeypatch, (9, 0))
+    small = Auto().make_precision(context(width=255))
+    assert (small.name, small.forward()) == ("fp32", None)
+    assert small.reason == "fp32: bf16 is native on this CPU, but with matrices of at most 65,025 numbers its casts take longer"
+    assert Auto().make_precision(context("cuda", width=255)).name == "bf16"
 
 
 def test_auto_agrees_with_the_instructions_of_this_cpu() -> None:
