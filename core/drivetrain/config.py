@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import os
 import re
 import types
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -154,6 +155,8 @@ class TrainingConfig:
     def _contradictions(self) -> Iterable[Problem]:
         if self.run_name is not None and (wrong := run_name_problem(self.run_name)):
             yield Problem("run_name", wrong)
+        if not _can_be_a_path(self.output_dir):
+            yield Problem("output_dir", "cannot be a path: it is too long, or has a character that no file's name can have")
         if self.max_duration.unit == "%":
             yield Problem("max_duration", "cannot be a percentage; it is what percentages are of")
         if self.global_batch_size is not None and self.gradient_accumulation_steps != 1:
@@ -596,6 +599,14 @@ def _set(table: dict[str, Any], path: list[str], value: Any, key: str) -> None:
             raise ConfigError([Problem(key, f"{part!r} is not a table")])
         table = inner
     table[path[-1]] = value
+
+
+def _can_be_a_path(path: Path) -> bool:
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:  # half of a character, which JSON can hold
+        return False
+    return b"\0" not in encoded and len(encoded) < 3000 and all(len(part) < 256 for part in encoded.split(b"/"))
 
 
 def run_name_problem(name: str) -> str | None:

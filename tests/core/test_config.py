@@ -222,6 +222,12 @@ def test_run_names_that_are_no_directory_names(name: str) -> None:
         TrainingConfig(run_name=name)
 
 
+@pytest.mark.parametrize("path", ["x" * 256, "x/" * 2000, "a\0b", "\ud800"])
+def test_output_dirs_that_are_no_paths(path: str) -> None:
+    with pytest.raises(ConfigError, match="output_dir: cannot be a path"):
+        TrainingConfig(output_dir=path)
+
+
 @pytest.mark.parametrize(
     ("text", "value", "unit"),
     [

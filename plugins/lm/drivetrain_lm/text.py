@@ -123,8 +123,22 @@ def find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
     """The folder that `path` means and the files to read, relative to it, with forward slashes, sorted.
 
     Raises:
-        ConfigError: when nothing is there, or no file matches.
+        ConfigError: when nothing is there, or no file matches, or it is no path.
     """
+    try:
+        return _find_files(path, pattern)
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        NotImplementedError,
+    ) as error:  # too long, forbidden, ~nobody; a pattern that is none
+        shown = path if len(path) < 200 else f"{path[:200]}…"
+        said = str(getattr(error, "strerror", None) or error).rstrip(".")
+        raise _wrong_path(f"{shown!r} with the pattern {pattern!r} cannot be read: {said}.") from error
+
+
+def _find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
     if path == STDLIB:
         root, wanted = Path(sysconfig.get_path("stdlib")), "**/*.py"
     else:

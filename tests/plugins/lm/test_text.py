@@ -141,6 +141,8 @@ class TestFiles:
         [
             ({"path": "nowhere"}, "path: nothing is at 'nowhere'"),
             ({"path": "nowhere/*.txt"}, r"path: nothing is at \'nowhere/\*.txt\'"),
+            ({"path": "x" * 300}, "path: 'x{200}…' with the pattern .* cannot be read: "),
+            ({"path": "~nobody-has-this-name/x"}, "path: '~nobody-has-this-name/x' with the pattern .* cannot be read: "),
             ({"path": ".", "pattern": "*.none"}, r"path: no file matches '\*\*/\*.none' in '.'. Set pattern"),
             ({"path": "empty.txt"}, "path: the file is empty at 'empty.txt'. Give another path"),
             (
