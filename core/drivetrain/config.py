@@ -122,6 +122,9 @@ class TrainingConfig:
     eval_at_start: bool = _key(False, "evaluate before the first step as well")
     dataloader: DataLoaderConfig = _key(help="how samples are fetched", factory=DataLoaderConfig)
     compile: bool = _key(False, "torch.compile the model, each repeated block by itself")
+    channels_last: bool = _key(
+        False, "store the weights of 2-D convolutions with the channels last, in which most devices are faster"
+    )
     activation_checkpointing: bool | Literal["selective"] = _key(
         False, "recompute the repeated blocks' activations in backward to save memory; selective: all but matrix products"
     )

@@ -43,6 +43,7 @@ _OF_KEYS: dict[str, tuple[Verdict, str]] = {
     "max_duration": ("warn", "a schedule that looks at the run's length goes on along another curve"),
     "model_name": ("warn", "another model may be meant"),
     "compile": ("warn", "sums may be rounded otherwise"),
+    "channels_last": ("warn", "sums may be rounded otherwise"),
     "activation_checkpointing": ("warn", "sums may be rounded otherwise"),
 }
 _OF_KINDS: dict[str, tuple[Verdict, str]] = {

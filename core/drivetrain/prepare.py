@@ -1,6 +1,6 @@
 """Model preparation in fixed phases; registration order has no say in it.
 
-build → quantize → adapt → place on the device → cast → activation checkpointing → compile → shard or wrap
+build → quantize → adapt → place on the device → cast → memory format → activation checkpointing → compile → shard or wrap
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def prepare(pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
         changed = pm.choose(phase, ctx)
         ctx.model = ctx.model if changed is None else changed
     model = ctx.precision.cast(ctx.strategy.place(ctx.model, ctx.device))
+    if ctx.config.channels_last:  # of the weights alone: a convolution's output takes the format of its weight
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if ctx.config.activation_checkpointing:
         checkpoint_activations(model, selective=ctx.config.activation_checkpointing == "selective")
     if ctx.config.compile:

@@ -129,6 +129,25 @@ def test_activation_checkpointing_changes_memory_not_numbers(monkeypatch: pytest
     assert len(list(repeated_blocks(Blocks()))) == 3
 
 
+def test_channels_last_changes_the_layout_of_convolutions_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
+    results, layouts = [], []
+    for channels_last in (False, True):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 1)]
+        model = nn.Sequential(*layers).double()
+        layers[1].register_forward_hook(lambda *a: layouts.append(a[2].is_contiguous(memory_format=torch.channels_last)))
+        config = TrainingConfig(max_duration="3st", channels_last=channels_last, standard_callbacks=False)
+        images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        data = TensorDataset(images, images.mean((1, 2, 3)).unsqueeze(1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer).train()
+        results.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
+    assert layouts == [False] * 3 + [True] * 3
+    assert torch.allclose(results[0], results[1], rtol=1e-12, atol=1e-14)
+    assert not torch.equal(results[0], torch.zeros_like(results[0]))
+
+
 def test_activation_checkpointing_needs_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
     model = nn.Linear(4, 1)

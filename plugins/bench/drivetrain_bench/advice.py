@@ -33,7 +33,7 @@ class Change:
         return self.text
 
 
-def changes(config: TrainingConfig, precision: str, device: str, waiting: float) -> Iterator[Change]:
+def changes(config: TrainingConfig, precision: str, device: str, waiting: float, convolves: bool = False) -> Iterator[Change]:
     """What is worth trying.
 
     Args:
@@ -41,6 +41,7 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float)
         precision: the one that it resolves to.
         device: "cpu", or an accelerator's name.
         waiting: the part of the time spent waiting for data.
+        convolves: whether the model has 2-D convolutions.
     """
     if precision in ("fp32", "tf32") and is_installed("precision", "bf16"):
         yield Change('precision = "bf16"', {"precision": "bf16"}, rounds=True)
@@ -48,6 +49,8 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float)
         yield Change('precision = "tf32"', {"precision": "tf32"}, rounds=True)
     if not config.compile:
         yield Change("compile = true", {"compile": True}, rounds=True)
+    if convolves and not config.channels_last:
+        yield Change("channels_last = true", {"channels_last": True}, rounds=True)
     if config.activation_checkpointing:
         yield Change("activation_checkpointing = false", {"activation_checkpointing": False}, note="takes more memory")
     yield from _batches(config)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from attrs import frozen
+from torch import nn
 
 from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed
 from drivetrain_bench.advice import Change, changes
@@ -141,12 +142,13 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
         "parameters": sum(p.numel() for p in made[BARE].model.parameters()),
         "torch": str(torch.__version__),
     }
+    convolves = any(isinstance(module, nn.Conv2d) for module in made[BARE].model.modules())
     speeds, losses = _take_turns({name: _started(name, one) for name, one in made.items()}, steps, turns)
     del made, context
     parts = _goodput(config, folder / "goodput", steps * turns, say)
     found = []
     waiting = parts.get("data wait", 0.0) / (sum(parts.values()) or 1.0)
-    for change in changes(config, facts["precision"], facts["device"], waiting) if advice else ():
+    for change in changes(config, facts["precision"], facts["device"], waiting, convolves) if advice else ():
         say(f"with {change}")
         found.append(_try(config, change, steps, turns, folder))
     return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))))

@@ -150,6 +150,14 @@ def test_other_changes_that_are_tried() -> None:
     assert "activation_checkpointing" in texts(activation_checkpointing=True)
 
 
+def test_the_memory_format_is_tried_for_models_with_convolutions() -> None:
+    def texts(convolves: bool, **more: Any) -> list[str]:
+        return [change.text for change in changes(config(**more), "bf16", "cpu", 0.0, convolves)]
+
+    assert "channels_last = true" in texts(True) and "channels_last = true" not in texts(False)
+    assert "channels_last = true" not in texts(True, channels_last=True)
+
+
 def test_numbers_become_advice_in_words() -> None:
     fast, slow = Speed((1.0, 1.0), 8, 0, 1.0), Speed((2.0, 4.0), 16, 0, 1.0)
     assert slow.over(fast) == 1.5, "of each sample: (2 + 4) / 2 over twice the samples"
