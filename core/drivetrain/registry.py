@@ -110,7 +110,8 @@ def _candidate(kind: str, entry: metadata.EntryPoint) -> Candidate:
     # a distribution whose metadata is broken must not hide all others
     meta: Any = dist.metadata
     name, version = meta.get("Name"), meta.get("Version")
-    return Candidate(kind, entry.name, name or "unknown", version or "0", entry.value, tuple(dist.requires or ()), entry)
+    requires = meta.get_all("Requires-Dist") or dist.requires or ()  # `requires` would parse the metadata once more
+    return Candidate(kind, entry.name, name or "unknown", version or "0", entry.value, tuple(requires), entry)
 
 
 @lru_cache(maxsize=1)
