@@ -26,12 +26,13 @@ from torch.utils.data import (
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from drivetrain.errors import RunError
-from drivetrain.rng import isolated, mix, seed_host
+from drivetrain.rng import drawn_since, host_state, isolated, mix, seed_host
 
 Collate = Callable[[list[Any]], Any]
 _STORED = (list, tuple, TensorDataset)  # in these nothing random can happen
 _DATAPIPES = tuple(vars(torch.utils.data)[name] for name in ("IterDataPipe", "MapDataPipe") if hasattr(torch.utils.data, name))
 _END: Any = object()
+_MANY = 16  # samples, from which on it takes less time to look whether any of them has drawn a number than to seed each
 
 
 class Loader(DataLoader[Any]):
@@ -139,6 +140,8 @@ class SeededDataset(Dataset[Any]):
 
     def __init__(self, data: Any, seed: int, collate: Collate | None) -> None:
         self.data, self.seed, self.collate = data, seed, collate
+        self._draws: bool | None = None  # whether samples draw random numbers, as far as has been seen
+        self._epoch, self._of_epoch = -1, 0  # the newest epoch, and its part of the seeds
         self.stored = type(data) in _STORED
         self.is_plain = self.stored and collate is default_collate
 
@@ -153,8 +156,28 @@ class SeededDataset(Dataset[Any]):
         elif getattr(self.data, "__getitems__", None):  # fetches a whole batch: its random state belongs to the first sample
             samples = self.data.__getitems__(indices)
         else:
-            samples = [self._sample(key) for key in keys]
+            samples = self._samples(keys)
         return self.collate(samples)
+
+    def _samples(self, keys: Sequence[tuple[int, int, Any]]) -> list[Any]:
+        """Samples with random numbers of their own. Seeding takes longer than many a sample, so those of data that have not drawn any
+        number so far are fetched without, and once more, seeded, when they have drawn one after all."""
+        if self._draws is False and len(keys) >= _MANY:
+            before = host_state()
+            samples = [self.data[index] for _, _, index in keys]
+            if not drawn_since(before):
+                self._seed(keys[-1])  # for the collator
+                return samples
+            self._draws = True
+        if self._draws is not None:
+            return [self._sample(key) for key in keys]
+        samples, self._draws = [], False
+        for key in keys:
+            self._seed(key)
+            before = host_state()
+            samples.append(self.data[key[2]])
+            self._draws |= drawn_since(before)
+        return samples
 
     def __getitem__(self, key: tuple[int, int, Any]) -> Any:
         sample = self._sample(key)
@@ -165,7 +188,10 @@ class SeededDataset(Dataset[Any]):
         return self.data[key[2]]
 
     def _seed(self, key: tuple[int, int, Any]) -> None:
-        seed_host(mix(self.seed, key[0], key[1]))
+        epoch, number, _ = key
+        if epoch != self._epoch:
+            self._epoch, self._of_epoch = epoch, mix(self.seed, epoch)
+        seed_host(mix(number, state=self._of_epoch))
 
     def __len__(self) -> int:
         return len(self.data)

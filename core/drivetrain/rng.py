@@ -15,12 +15,12 @@ import torch
 _MASK = (1 << 64) - 1
 
 
-def mix(*parts: int) -> int:
+def mix(*parts: int, state: int = 0) -> int:
     """One 64-bit seed from several numbers, such as (seed, epoch, index), by the finaliser of splitmix64.
 
     Nearby inputs give unrelated outputs (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators", fig. 19).
+    `mix(a, b)` is `mix(b, state=mix(a))`.
     """
-    state = 0
     for part in parts:
         state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
@@ -45,12 +45,22 @@ def seed_all(seed: int, device: torch.device) -> None:
 
 
 def host_state() -> dict[str, Any]:
-    """The state of the host's generators: numbers, tuples and one tensor."""
-    state = _host_state()
-    if "numpy" in state:
-        name, key, *rest = state["numpy"]
-        state["numpy"] = (name, key.tolist(), *rest)
+    """The state of the host's generators, as they give it."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.default_generator.get_state()}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        state["numpy"] = numpy.random.get_state()
     return state
+
+
+def drawn_since(before: Mapping[str, Any]) -> bool:
+    """Whether a number has been drawn from one of the host's generators, or one was seeded, since they gave this state."""
+    now = host_state()
+    if now["python"] != before["python"] or not torch.equal(now["torch"], before["torch"]) or len(now) != len(before):
+        return True
+    if "numpy" not in now:
+        return False
+    (_, key, *rest), (_, key_before, *rest_before) = now["numpy"], before["numpy"]
+    return bool(rest != rest_before or key.tobytes() != key_before.tobytes())
 
 
 def set_host_state(state: Mapping[str, Any]) -> None:
@@ -64,17 +74,12 @@ def set_host_state(state: Mapping[str, Any]) -> None:
         numpy.random.set_state((name, numpy.asarray(key, dtype=numpy.uint32), *rest))
 
 
-def _host_state() -> dict[str, Any]:
-    """The same as the generators give it, for a while: numpy's numbers in its own array, which takes a third of the time."""
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.default_generator.get_state()}
-    if (numpy := sys.modules.get("numpy")) is not None:
-        state["numpy"] = numpy.random.get_state()
-    return state
-
-
 def full_state(device: torch.device) -> dict[str, Any]:
-    """The state of the host's generators and the device's."""
+    """The state of the host's generators and the device's: numbers, tuples and tensors."""
     state = host_state()
+    if "numpy" in state:
+        name, key, *rest = state["numpy"]
+        state["numpy"] = (name, key.tolist(), *rest)
     if device.type != "cpu":
         state["device"] = _device_module(device).get_rng_state(device)
     return state
@@ -91,7 +96,7 @@ def set_full_state(state: Mapping[str, Any], device: torch.device) -> None:
 def isolated(seed: int | None = None) -> Iterator[None]:
     """Run a block without touching the host's generators, seeded with `seed` if it is given."""
     with _lock:
-        before = _host_state()
+        before = host_state()
         try:
             if seed is not None:
                 seed_host(seed)
@@ -159,7 +164,7 @@ def in_turns(device: torch.device, steps: Generator[Any, None, None]) -> Generat
 
 
 def _get(generator: Any) -> Any:
-    return _host_state() if generator == "host" else _device_module(generator).get_rng_state(generator)
+    return host_state() if generator == "host" else _device_module(generator).get_rng_state(generator)
 
 
 def _set(generator: Any, state: Any) -> None:

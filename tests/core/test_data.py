@@ -99,6 +99,46 @@ def test_the_same_augmentation_for_any_batch_size() -> None:
     assert by_size[0] == by_size[1] == by_size[2]
 
 
+class Rare(Augmented):
+    """Rows few of which draw."""
+
+    def __init__(self, drawing: set[int]) -> None:
+        super().__init__(200)
+        self.drawing, self.fetched = drawing, 0
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        self.fetched += 1
+        return torch.full((1,), float(index)), super().__getitem__(index)[1] if index in self.drawing else torch.zeros(1)
+
+
+def rows(windows: list[Any]) -> dict[int, float]:
+    return {int(index): float(drawn) for ((batch, noise),) in windows for index, drawn in zip(batch, noise, strict=True)}
+
+
+def test_a_sample_that_draws_late_has_numbers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list(rows(epoch_of(Rare(set()), batch_size=32)))
+    drawing = {order[50], order[51], order[150]}  # none in the first batch
+    each_seeded = rows(epoch_of(Rare(drawing), batch_size=4))
+    assert {index for index, drawn in each_seeded.items() if drawn} == drawing
+    data = Rare(drawing)
+    assert rows(epoch_of(data, batch_size=32)) == each_seeded
+    assert data.fetched == 200 + 32, "one batch was fetched again"
+    assert rows(epoch_of(Rare(drawing), batch_size=32, loader={"num_workers": 2})) == each_seeded
+    monkeypatch.setattr("drivetrain.loading.drawn_since", lambda _: False)
+    assert rows(epoch_of(Rare(drawing), batch_size=32)) != each_seeded
+
+
+def test_data_that_never_draws_is_not_seeded_for_each_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+    monkeypatch.setattr("drivetrain.loading.seed_host", seeds.append)
+    data = Rare(set())
+    epoch_of(data, batch_size=50)
+    assert (data.fetched, len(seeds)) == (
+        200,
+        1 + 50 + 3 * 2,
+    )  # the first batch tells; then one for the samples, one to collate
+
+
 def test_fetching_leaves_the_models_random_numbers_alone() -> None:
     torch.manual_seed(3)
     random.seed(3)
