@@ -24,10 +24,11 @@ THOROUGH = [line for line in Path(__file__).with_name("thorough.txt").read_text(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what thorough.txt lists, before `-m` chooses."""
+    """Mark what thorough.txt lists, before `-m` chooses; not what `nox -s trials` runs, which may lie in the same file."""
     whole, beginnings = set(THOROUGH), tuple(line[:-1] for line in THOROUGH if line.endswith("*"))
     for item in items:
-        if item.nodeid in whole or item.nodeid.startswith(beginnings):
+        listed = item.nodeid in whole or item.nodeid.startswith(beginnings)
+        if listed and item.get_closest_marker("slow") is None:
             item.add_marker(pytest.mark.thorough)
 
 
