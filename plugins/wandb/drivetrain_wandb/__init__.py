@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -91,19 +92,28 @@ class WandbTracker(Tracker):
         online = self.mode != "offline"
         try:
             waits: dict[str, Any] = {"finish_timeout": self.timeout} if online else {}
-            return wandb.init(**given, mode=self.mode, reinit="create_new", settings=wandb.Settings(**options, **waits))
+            return self._opened(**given, mode=self.mode, settings=wandb.Settings(**options, **waits))
         except wandb.Error as error:
             reason = printable(str(error).partition("\n")[0])
         _said.warning("W&B cannot be reached (%s). This run is recorded offline; `wandb sync` sends it later.", reason)
+        wandb.teardown()
+        return self._opened(**given, mode="offline", settings=wandb.Settings(**options))
+
+    def _opened(self, **given: Any) -> Any:
+        """Call `wandb.init`, again if W&B's service holds on to the id: for a moment after an attempt that failed, for ever after a kill.
+
+        The latter when the service is of a process that started both the killed one and this; then this one gets its own.
+        """
         deadline = time.monotonic() + self.timeout
         while True:
-            wandb.teardown()
             try:
-                return wandb.init(**given, mode="offline", reinit="create_new", settings=wandb.Settings(**options))
-            except Exception as error:  # the attempt that failed holds on to the id for a moment
+                return wandb.init(**given, reinit="create_new")
+            except Exception as error:
                 if "in use" not in str(error) or time.monotonic() > deadline:
                     raise
-                time.sleep(0.5)
+            os.environ.pop("WANDB_SERVICE", None)
+            wandb.teardown()
+            time.sleep(0.5)
 
     def rewind(self, step: int) -> None:
         """Leave out what is repeated: W&B takes nothing back, and of two values of a step would show the last."""

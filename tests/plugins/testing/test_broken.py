@@ -27,6 +27,7 @@ CASES: list[tuple[Any, str, str, str, dict[str, Any]]] = [
     (broken.ForgetsCount(), "resumes_bit_equal", "steps is 4 in one and 8 in the other", "nothing may start it afresh", {}),
     (broken.Hidden(), "resumes_bit_equal", "the run ends otherwise: model", r"fields made with state\(\)", {}),
     (broken.Hidden(), "a_killed_run_resumes_bit_equal", "the run ends otherwise: model", r"fields made with state\(\)", {}),
+    (broken.ForgetsCount(), "a_killed_run_resumes_bit_equal", "steps is 4 in one and 8 in the other", "start it afresh", {}),
     (broken.ByRank(), "two_ranks_equal_one", "their weights differ", "ctx.strategy.sum", {}),
     (broken.MainOnly(), "two_ranks_equal_one", "a run on two ranks fails", "every rank must take part", {}),
     (broken.NoReduce(), "two_ranks_equal_one", "their weights differ", "ctx.strategy.sum", {}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -186,6 +187,33 @@ def test_odd_names_and_values(tmp_path: Path) -> None:
     assert (row["picture/_type"], row["picture/width"], row["picture/height"]) == ("image-file", 5, 4)
     (page,) = tmp_path.glob("wandb/offline-run-*/files/media/html/*.html")
     assert page.read_text() == "<pre>&lt;b&gt;once&lt;/b&gt;</pre>"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+from drivetrain_wandb import WandbTracker
+
+tracker = WandbTracker(mode="offline", timeout=60.0)
+tracker.load_state_dict({"run_id": "0123abcd"})
+tracker.start(SimpleNamespace(run_dir=Path(sys.argv[1]), step=2, resumed=True, config=SimpleNamespace(run_name="quiet-fox")))
+if sys.argv[2] == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+tracker.log({"train/loss": 4.0}, 4)
+tracker.close()
+"""
+
+
+def test_a_killed_run_goes_on_though_the_service_of_its_parent_thinks_it_still_runs(tmp_path: Path) -> None:
+    sitting(tmp_path, 0, 2)
+    assert "WANDB_SERVICE" in os.environ, "a process of W&B's that all children of this one would share"
+    for end in ("killed", "whole"):
+        folder = tmp_path / end  # otherwise the files of the two, begun within a second, would have one name
+        folder.mkdir()
+        done = subprocess.run([sys.executable, "-c", KILLED, str(folder), end], capture_output=True, text=True, timeout=200)
+        assert done.returncode == (-signal.SIGKILL if end == "killed" else 0), done.stderr[-3000:]
+    assert values(folder, "train/loss") == [(4, 4.0)]
 
 
 ONLINE = """
