@@ -102,8 +102,12 @@ class Arena:
     _maker: threading.Thread | None = None
 
     def prepare(self, size: int) -> None:
-        """Begin to make so many bytes, in a thread."""
-        self._maker = threading.Thread(target=self._make, args=(size,), name="drivetrain-checkpoint-memory", daemon=True)
+        """Begin to make so many bytes, in a thread.
+
+        Only pinned memory is taken there: the heap that the C library gives a thread keeps what is freed, for nobody.
+        """
+        memory = None if self.pinned else torch.empty(size, dtype=torch.uint8)
+        self._maker = threading.Thread(target=self._make, args=(size, memory), name="drivetrain-checkpoint-memory", daemon=True)
         self._maker.start()
 
     def of(self, size: int) -> Tensor:
@@ -116,11 +120,13 @@ class Arena:
             self.memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         return self.memory
 
-    def _make(self, size: int) -> None:
+    def _make(self, size: int, memory: Tensor | None) -> None:
         give_way()
-        memory = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
-        for start in range(0, 0 if self.pinned else size, _TOUCHED):  # pinned memory is there at once
-            memory[start : start + _TOUCHED].zero_()
+        if memory is None:
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:
+            for start in range(0, size, _TOUCHED):  # pinned memory is there at once
+                memory[start : start + _TOUCHED].zero_()
         self.memory = memory
 
 
