@@ -165,7 +165,8 @@ class GoodputCallback(Callback):
         if ctx.is_main:
             self._write(ctx, ended=True)
             if self.show:
-                print("\n".join(table(self._sittings, ctx.device.type)), file=sys.stderr)
+                utf = (getattr(sys.stderr, "encoding", None) or "ascii").lower().startswith("utf")
+                print("\n".join(table(self._sittings, ctx.device.type, "━" if utf else "=")), file=sys.stderr)
         self._begun = None
 
     # -- the clock -------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from attrs import asdict, define, field
 
 TOTALS_FILE = "goodput.json"
+BAR = 24  # columns of the longest bar of the table
 STEP_PARTS = ("forward and backward", "communication", "optimizer")
 
 
@@ -68,8 +69,8 @@ def repeated_seconds(sittings: list[Sitting]) -> float:
     return lost
 
 
-def table(sittings: list[Sitting], device: str) -> Iterator[str]:
-    """The lines that a person reads at the end, the largest part first."""
+def table(sittings: list[Sitting], device: str, mark: str) -> Iterator[str]:
+    """The lines that a person reads at the end, the largest part first, each with a bar made of `mark`."""
     parts = totals(sittings)
     whole = sum(parts.values())
     restarts = len(sittings) - 1
@@ -81,4 +82,5 @@ def table(sittings: list[Sitting], device: str) -> Iterator[str]:
     shown = sorted((part for part in parts.items() if part[1] >= 0.0005 * whole), key=lambda part: -part[1])
     width, digits = max((len(name) for name, _ in shown), default=0), len(f"{whole:.1f}")
     for name, seconds in shown:
-        yield f"  {name:<{width}}  {seconds:{digits}.1f} s  {seconds / whole:5.1%}"
+        bar = mark * round(BAR * seconds / shown[0][1])
+        yield f"  {name:<{width}}  {seconds:{digits}.1f} s  {seconds / whole:5.1%}  {bar}".rstrip()

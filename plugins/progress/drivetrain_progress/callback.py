@@ -89,7 +89,7 @@ class ProgressCallback(Callback):
         self._batches_before = self._batches
         values = [f"{name} {text.number(value, 4)}" for name, value in ctx.eval_metrics.items()]
         if values:
-            self._safely("say", "  ".join([f"step {ctx.step}", *values]))
+            self._safely("say", "  ".join([text.step(ctx.step, ctx.run_length, ctx.run_unit), *values]))
 
     @hook(tryfirst=True)
     def on_exception(self, ctx: CallbackContext) -> None:

@@ -63,6 +63,11 @@ def place(position: float, length: float, unit: str) -> str:
     return show(position) + (f"/{end}" if known else "") + name
 
 
+def step(number: int, length: float, unit: str) -> str:
+    """The step before a line of values: `step  60` of a run of 240, so that lines stand below each other."""
+    return f"step {number:{len(f'{length:.0f}') if unit == 'st' and math.isfinite(length) else 0}}"
+
+
 def values(metrics: Mapping[str, float]) -> list[str]:
     """What of a log is shown beside the bar, the most important first."""
     shown = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from threading import RLock
@@ -46,6 +47,14 @@ class _Tqdm(tqdm):  # type: ignore[type-arg]  # generic for type checkers only
     monitor_interval = 0
 
 
+class _Coloured(_Tqdm):
+    """What is done in cyan, what is left faint; tqdm's own colour takes both alike. Its widths do not count the sequences."""
+
+    def __str__(self) -> str:
+        done = re.sub("[━╾]+", "\x1b[36m\\g<0>\x1b[0m", super().__str__())
+        return re.sub("─+", "\x1b[2m\\g<0>\x1b[0m", done)
+
+
 _Tqdm.set_lock(RLock())
 NOTEBOOK = any(cls.__module__ == "tqdm.notebook" for cls in _Tqdm.__mro__)
 
@@ -70,6 +79,7 @@ class BarView:
         self._stream = stream
         self._encoding = getattr(stream, "encoding", None) or "ascii"
         self._marks = WIDE if _shows(self._encoding, WIDE) else PLAIN
+        self._coloured = not NOTEBOOK and os.name == "posix" and not os.environ.get("NO_COLOR")  # no-color.org
         self._bar: Any = None
         self._inner: Any = None
         self._visible = False
@@ -113,7 +123,8 @@ class BarView:
         total = None if fraction is None else 1.0
         if bar is None:
             given: dict[str, Any] = {"ascii": self._marks, "file": self._stream, "leave": leave}
-            return _Tqdm(total=total, initial=fraction or 0, ncols=width, bar_format=line, **given)
+            kind = _Coloured if self._coloured else _Tqdm
+            return kind(total=total, initial=fraction or 0, ncols=width, bar_format=line, **given)
         bar.n, bar.ncols, bar.bar_format = fraction or 0, width, line
         bar.refresh(nolock=True)  # tqdm would keep its lock for ever when the stream fails
         return bar

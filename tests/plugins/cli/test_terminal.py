@@ -68,5 +68,7 @@ def test_bold_only_where_it_is_wanted(
 def test_a_long_line_breaks_between_words_in_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "24")
     line = "run quiet-fox · plugins: one, two, three"
-    assert wrapped(line, Terminal()) == "run quiet-fox ·\n  plugins: one, two,\n  three"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert wrapped(line, Terminal()) == "run quiet-fox\n  plugins: one, two,\n  three"
+    assert wrapped(f"\x1b[1m{'x' * 23}\x1b[0m", Terminal()) == f"\x1b[1m{'x' * 23}\x1b[0m", "sequences take no room"
     assert wrapped(line, io.StringIO()) == line

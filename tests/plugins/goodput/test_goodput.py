@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import signal
 import subprocess
 import sys
@@ -191,8 +192,13 @@ def test_over_restarts(tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixtu
     one, two = read_sittings(tmp_path / "a")
     assert (one.first_step, one.last_step, two.first_step, two.last_step) == (0, 5, 3, 8)
     assert two.parts["optimizer"] == 5 * 3.0
-    *_, head = [line for line in capsys.readouterr().err.splitlines() if line.startswith("where ")]
-    assert head.endswith("1 restart, 2 steps (20.0 s) repeated")
+    shown = capsys.readouterr().err.splitlines()
+    at = max(index for index, line in enumerate(shown) if line.startswith("where "))
+    assert shown[at].endswith("1 restart, 2 steps (20.0 s) repeated")
+    assert re.fullmatch(r"  down +60\.0 s +\d\d\.\d%  (━{24}|={24})", shown[at + 1]), (
+        "the longest first, and with the longest bar"
+    )
+    assert all(line == line.rstrip() for line in shown)
     assert totals([one, two])["down"] == 60.0
 
 

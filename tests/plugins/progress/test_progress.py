@@ -82,7 +82,9 @@ class Screen:
 
 
 @contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80, encoding: str = "utf-8") -> Iterator[Callable[[], str]]:
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int = 80, encoding: str = "utf-8", colour: bool = False
+) -> Iterator[Callable[[], str]]:
     """Make the standard streams a pseudo-terminal; gives a function that returns all that was written to it."""
     master, slave = pty.openpty()
     ioctl(slave, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -100,6 +102,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch, columns: int = 80, encoding: str =
     reader.start()
     stream = open(slave, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "" if colour else "1")
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(sys, "stdout", stream)
 
@@ -140,6 +143,16 @@ def test_a_run_leaves_its_evaluations_and_one_full_bar(monkeypatch: pytest.Monke
     assert re.fullmatch(end, lines[2]), lines[2]
     assert len(lines[2]) == 99, "the bar takes what is left of the width, less one column"
     assert lines[3:] == [""], "the cursor is left below the bar"
+
+
+def test_what_is_done_has_a_colour_and_the_width_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal(monkeypatch, 100, colour=True) as written:
+        trainer(ProgressCallback(), Say(), eval_interval=False).train()
+        raw = written()
+    assert re.search("step 0/40 \x1b\\[2m─+\x1b\\[0m   0%", raw)
+    assert re.search("step 40/40 \x1b\\[36m━+\x1b\\[0m 100%", raw)
+    first, *rest = Screen(re.sub(r"\x1b\[\d+m", "", raw)).lines
+    assert len(first) == 99 and rest == [""]
 
 
 def test_the_bar_moves_while_steps_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +333,11 @@ def test_a_run_measured_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_places(position: float, length: float, unit: str, expected: str) -> None:
     assert text.place(position, length, unit) == expected
+
+
+def test_steps_stand_below_each_other() -> None:
+    assert [text.step(step, 1600, "st") for step in (0, 400, 1600)] == ["step    0", "step  400", "step 1600"]
+    assert [text.step(7, float("inf"), "st"), text.step(7, 5e6, "tok")] == ["step 7", "step 7"]
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------------
