@@ -184,7 +184,7 @@ def _is_used(name: str) -> bool:
 def lose(what: str, number: int) -> None:
     """The negative control."""
     if what == "fds":
-        LOST.append(Path(os.devnull).open())
+        LOST.append(Path(os.devnull).open())  # noqa: SIM115
     elif what == "threads":
         threading.Thread(target=threading.Event().wait, daemon=True).start()
     elif what == "rss":

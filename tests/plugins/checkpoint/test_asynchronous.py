@@ -161,7 +161,7 @@ def test_the_memory_for_the_first_save_is_made_before_it(trainer, monkeypatch, e
     """In a thread, as soon as the optimizer has its state; the first copy finds it large enough. One after a single step makes it."""
     made = []
     make, of = Arena._make, Arena.of
-    monkeypatch.setattr(Arena, "_make", lambda self, size: [made.append(threading.current_thread().name), make(self, size)][1])
+    monkeypatch.setattr(Arena, "_make", lambda *given: [made.append(threading.current_thread().name), make(*given)][1])
     monkeypatch.setattr(Arena, "of", lambda self, size: [of(self, 0), made.append(len(self.memory) >= size), of(self, size)][2])
     trainer(with_files(Files(), every=every)).train()
     assert made.count("drivetrain-checkpoint-memory") == ahead
