@@ -9,6 +9,7 @@ which every sitting of a run is forked, so that a start costs no import. require
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from task import STEPS, Task
+from task import BALLAST, STEPS, Task
 
 PEERS = ("drivetrain", "hf", "lightning", "ignite")
 PAGE = 4096
@@ -172,6 +173,41 @@ def _left_over(run: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
+def full_disks(peer: Any, folder: Path, trials: int) -> Counter[str]:
+    """From a random step on somebody else's file leaves room for a part of a checkpoint; when it is gone, the same command."""
+    chance, task = random.Random(7), Task()
+    assert to_the_end(peer, folder / "reference", task) == 0
+    count: Counter[str] = Counter(trials=trials)
+    for trial in range(trials):
+        run = folder / f"{trial}"
+        disk = run / "run"
+        disk.mkdir(parents=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", str(disk)], check=True)
+        ELSEWHERE.append(disk)  # the directory for temporaries is on that disk as well
+        try:
+            fault = replace(task, at=chance.randint(2, STEPS - 4), room=chance.randrange(12_000_000))
+            code = wait(start(peer, run, fault))
+            (disk / BALLAST).unlink()
+            by_itself = code == 0 or to_the_end(peer, run, task) == 0
+        finally:
+            ELSEWHERE.clear()
+        count[f"exit {code}"] += 1
+        count["by_itself"] += by_itself
+        count["equal_by_itself"] += by_itself and equal(run, folder / "reference")
+        count["left_MB"] += _left_over(run) // 1_000_000
+        subprocess.run(["umount", str(disk)], check=True)
+    return count
+
+
+def namespaced() -> list[str]:
+    """How a process gets a mount namespace in which it may mount a disk; an empty list where it may not."""
+    for words in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        with contextlib.suppress(OSError):
+            if subprocess.run([*words, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode == 0:
+                return words
+    return []
+
+
 def terms(peer: Any, folder: Path, trials: int) -> Counter[str]:
     """SIGTERM in the middle of a random step; steps take 0.2 s, so that a handler that waits for three has the time."""
     chance, task = random.Random(3), Task(width=64, every=8, shuffle=True, dropout=True)
@@ -251,8 +287,8 @@ def _damaged(data: bytes, chance: random.Random) -> Iterator[tuple[str, bytes]]:
 # -- the table ---------------------------------------------------------------------------------------------------------------
 
 
-def trial(name: str, trials: int) -> dict[str, Any]:
-    """All faults for one trainer."""
+def trial(name: str, trials: int, only: str, may_mount: bool) -> dict[str, Any]:
+    """All faults for one trainer, or only one of them."""
     peer = importlib.import_module(f"with_{name}")
     warm = torch.nn.Parameter(torch.zeros(1))
     warm.grad = torch.zeros(1)
@@ -262,6 +298,8 @@ def trial(name: str, trials: int) -> dict[str, Any]:
         faults = {
             "kill": lambda where: kills(peer, where, trials, in_saves=False),
             "kill in a save": lambda where: kills(peer, where, trials, in_saves=True),
+            "kill, TMPDIR elsewhere": lambda where: _elsewhere(peer, where, trials),
+            "full disk": lambda where: full_disks(peer, where, trials),
             "resume": lambda where: resumes(peer, where, dropout=False, augment=False),
             "resume, dropout": lambda where: resumes(peer, where, dropout=True, augment=False),
             "resume, augmented": lambda where: resumes(peer, where, dropout=True, augment=True),
@@ -269,40 +307,46 @@ def trial(name: str, trials: int) -> dict[str, Any]:
             "damage": lambda where: damages(peer, where),
         }
         for fault, run in faults.items():
-            where = Path(folder) / fault
+            if (only and fault != only) or (fault == "full disk" and not may_mount):
+                continue
+            where = Path(folder) / fault.replace(", ", "-")
             where.mkdir()
             began = time.monotonic()
             found[fault] = dict(run(where))
             print(name, fault, found[fault], f"{time.monotonic() - began:.0f} s", file=sys.stderr)
             shutil.rmtree(where)
-    if Path("/dev/shm").is_dir():
-        found["kill, TMPDIR elsewhere"] = _elsewhere(peer, trials)
-        print(name, "kill, TMPDIR elsewhere", found["kill, TMPDIR elsewhere"], file=sys.stderr)
     return found
 
 
-def _elsewhere(peer: Any, trials: int) -> dict[str, int]:
+def _elsewhere(peer: Any, folder: Path, trials: int) -> Counter[str]:
     """Kills in saves with the directory for temporaries on another file system, as node-local /tmp is on a cluster."""
-    with tempfile.TemporaryDirectory(prefix="faults-") as folder, tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+    if not Path("/dev/shm").is_dir():
+        return Counter()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         ELSEWHERE.append(Path(other))
         try:
-            return dict(kills(peer, Path(folder), trials, in_saves=True))
+            return kills(peer, folder, trials, in_saves=True)
         finally:
             ELSEWHERE.clear()
 
 
-def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """The results as Markdown, a column for each trainer."""
+def table(found: dict[str, dict[str, Any]], only: str = "") -> Iterator[str]:
+    """The results as Markdown, a column for each trainer; all rows, or only one."""
     yield f"| | {' | '.join(one['versions'] for one in found.values())} |"
     yield "|---" * (len(found) + 1) + "|"
     for fault, what in ROWS_OF_THE_TABLE:
-        yield f"| {what} | {' | '.join(_cell(fault, one.get(fault, {})) for one in found.values())} |"
+        if only in ("", fault):
+            yield f"| {what} | {' | '.join(_cell(fault, one.get(fault, {})) for one in found.values())} |"
 
 
 ROWS_OF_THE_TABLE = (
     ("kill", "SIGKILL twice at random instants: ends by itself, with equal weights"),
     ("kill in a save", "SIGKILL twice during a save: the same"),
     ("kill, TMPDIR elsewhere", "the same with TMPDIR on another file system"),
+    (
+        "full disk",
+        "the disk full from a random step on, then room again: exit code when it is full; ends by itself, with equal weights",
+    ),
     ("resume", "killed once or twice in mid-epoch, shuffled data, workers 0 and 2: equal weights"),
     ("resume, dropout", "the same with dropout"),
     ("resume, augmented", "the same with dropout and random augmentation in the data set"),
@@ -318,16 +362,18 @@ def _cell(fault: str, count: dict[str, int]) -> str:
     if not count:
         return "not run"
     of = f"of {count['trials']}"
-    if fault.startswith("kill"):
+    codes = ", ".join(key.removeprefix("exit ") for key in count if key.startswith("exit "))
+    if fault.startswith("kill") or fault == "full disk":
         by_itself, good = count.get("by_itself", 0), count.get("equal_by_itself", 0)
         more = (
             (count["trials"] - by_itself, "stuck until a person helped"),
             (by_itself - good, "**silently other weights**"),
             (count.get("left_MB", 0), "MB left behind"),
         )
-        return "; ".join([f"{good} {of}", *(f"{number} {what}" for number, what in more if number)])
+        return "; ".join(
+            [*([codes] if codes else []), f"{good} {of}", *(f"{number} {what}" for number, what in more if number)]
+        )
     if fault == "sigterm":
-        codes = ", ".join(key.removeprefix("exit ") for key in count if key.startswith("exit "))
         return f"{codes}; {count.get('steps_lost', 0) / count['trials']:.1f} steps; {count.get('equal', 0)} {of}"
     if fault == "damage":
         return f"**{count.get('silent', 0)}**, {', '.join(str(count.get(key, 0)) for key in ('error', 'anew', 'equal'))} {of}"
@@ -339,18 +385,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--trials", type=int, default=20, help="runs of each kind of kill")
+    parser.add_argument(
+        "--only", default="", choices=["", *(fault for fault, _ in ROWS_OF_THE_TABLE)], help="one fault instead of all"
+    )
+    parser.add_argument("--mount", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(trial(arguments.peers[0], arguments.trials)))
+        print(json.dumps(trial(arguments.peers[0], arguments.trials, arguments.only, arguments.mount)))
         return
-    found = {}
+    found, words = {}, namespaced()
     for name in arguments.peers:
-        command = [sys.executable, __file__, name, "--one", "--trials", str(arguments.trials)]
+        command = [*words, sys.executable, __file__, name, "--one", "--trials", str(arguments.trials), "--only", arguments.only]
+        command += ["--mount"] if words else []
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         print(name, done.stdout.strip(), file=sys.stderr)
         found[name] = json.loads(done.stdout)
-    print("\n".join(table(found)))
+    print("\n".join(table(found, arguments.only)))
 
 
 if __name__ == "__main__":

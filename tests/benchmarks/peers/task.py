@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 ROWS, BATCH, EPOCHS = 128, 8, 2
+BALLAST = "ballast"
 STEPS = ROWS // BATCH * EPOCHS
 
 
@@ -26,6 +28,7 @@ class Task:
         pause: seconds that each step takes at least.
         number: the signal that the process gets in the middle of a step; 0 for none.
         at: that step, counted from 1 within the process.
+        room: bytes that somebody else's growing file leaves free from that step on where the run's files are; below 0 for no such file.
     """
 
     shuffle: bool = False
@@ -37,6 +40,7 @@ class Task:
     pause: float = 0.0
     number: int = 0
     at: int = 0
+    room: int = -1
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -78,6 +82,12 @@ class Net(nn.Module):
             if self.task.number == signal.SIGKILL:
                 time.sleep(0.5)  # whoever writes in the background has written by now
             os.kill(os.getpid(), self.task.number)
+        if (
+            self.task.room >= 0 and self.passes >= self.task.at
+        ):  # what a trainer frees by removing an old checkpoint is taken too
+            free = os.statvfs(self.folder / "run")
+            with open(self.folder / "run" / BALLAST, "ab") as file, contextlib.suppress(OSError):
+                file.write(bytes(max(0, free.f_bavail * free.f_bsize - self.task.room)))
 
 
 def build(task: Task, folder: Path) -> Net:
