@@ -117,14 +117,25 @@ def test_two_processes_use_the_strategy_by_name(plugins: Workshop) -> None:
 
 
 def test_a_launcher_of_ones_own_starts_two_processes(plugins: Workshop) -> None:
-    """The plugin `toy_cluster` reads its variables, and the run is one of two processes with the same weights."""
+    """The plugin `toy_cluster`, once it is named, reads its variables: one run of two processes with the same weights."""
+    first, second = launched(plugins, DRIVETRAIN_CLUSTER="toy_cluster")
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert "2 processes, started by toy_cluster" in first["why"]
+    assert first["weights"] == second["weights"]
+    unnamed = launched(plugins)
+    assert [said["rank"] for said in unnamed] == [0, 0], "negative control: its variables alone say nothing"
+
+
+def launched(plugins: Workshop, **variables: str) -> list[dict[str, Any]]:
+    """What two processes say that a launcher with variables of its own started at the same time."""
     (plugins.cwd / "launched.toml").write_text('distributed = "toy_strategy"\n')
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "DRIVETRAIN_PLUGINS")}
+    clean |= {"OMP_NUM_THREADS": "1"} | variables
     processes = [
         subprocess.Popen(
             [plugins.interpreter, "-c", TRAIN, "launched.toml"],
             cwd=plugins.cwd,
-            env=clean | {"OMP_NUM_THREADS": "1", "TOY_CLUSTER_RANK": str(rank), "TOY_CLUSTER_SIZE": "2"},
+            env=clean | {"TOY_CLUSTER_RANK": str(rank), "TOY_CLUSTER_SIZE": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -133,10 +144,7 @@ def test_a_launcher_of_ones_own_starts_two_processes(plugins: Workshop) -> None:
     ]
     ended = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in ended)
-    assert (first["rank"], second["rank"]) == (0, 1)
-    assert "2 processes, started by toy_cluster" in first["why"]
-    assert first["weights"] == second["weights"]
+    return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 
 def test_the_command_is_one_of_the_program(plugins: Workshop) -> None:
