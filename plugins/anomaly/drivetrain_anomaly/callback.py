@@ -97,9 +97,9 @@ class AnomalyCallback(Callback):
     _judge: Any = attrs.field(default=None, init=False, repr=False)  # tells whether to veto; None when nothing ever is
     _guard: Any = attrs.field(default=None, init=False, repr=False)  # the limits above which it does
     _ctx: Any = attrs.field(default=None, init=False, repr=False)
-    _to_tell: list[Anomaly] = attrs.field(
-        factory=list, init=False, repr=False
-    )  # found before the run went back, told in the next log
+    # Kind, text and step of what was found before the run went back. It is told in the first log from that step on, wherever the run
+    # went back to: an interrupted run has its snapshots elsewhere, and is to have the same log.
+    _to_tell: list[tuple[str, str, int]] = attrs.field(factory=list, init=False, repr=False)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 
@@ -108,6 +108,7 @@ class AnomalyCallback(Callback):
         if self._restored is not None:
             return dict(self._restored)
         state: dict[str, Any] = {"left_out": [list(place) for place in self.left_out]}
+        state["to_tell"] = [list(entry) for entry in self._to_tell]
         state["detector"] = None if self._detector is None else self._detector.state_dict()
         self._share_losses()
         state["unread"] = [row._asdict() for row in self._unread]
@@ -124,6 +125,7 @@ class AnomalyCallback(Callback):
     def _take_over(self) -> None:
         saved, self._restored = self._restored, None
         self.left_out = [(epoch, window) for epoch, window in saved["left_out"]]
+        self._to_tell = [(kind, text, step) for kind, text, step in saved.get("to_tell", [])]
         device = self._detector.seen.device
         rows: list[Any] = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()} for row in saved["unread"]]
         self._unread = [Unread(**row) for row in rows]
@@ -208,13 +210,16 @@ class AnomalyCallback(Callback):
     def on_log(self, ctx: CallbackContext) -> None:
         """Hear what was found since the last log, and act on it."""
         found = self._read(ctx, together=True)
-        for kind in ("spike", "nonfinite"):
-            if count := sum(anomaly.kind == kind for anomaly in [*self._to_tell, *found]):
-                ctx.metrics[f"anomaly/{kind}"] = float(count)
-        for anomaly in self._to_tell:  # what trackers had of it they have taken back
-            ctx.show("text", "anomaly", f"{anomaly}: went back")
+        told = [entry for entry in self._to_tell if self._is_time(ctx, entry[2])]
+        kinds = [*(anomaly.kind for anomaly in found), *(kind for kind, _, _ in told)]
+        ctx.metrics |= {f"anomaly/{kind}": float(kinds.count(kind)) for kind in ("spike", "nonfinite") if kind in kinds}
+        for _, text, _ in told:  # what trackers had of it they have taken back
+            ctx.show("text", "anomaly", text)
         back = [a for a in found if self._policy(a) == "rollback" and a.step > self._snapshot_step]
-        self._to_tell = [*self._to_tell, *back] if back else []
+        if back:
+            self._to_tell += [(anomaly.kind, f"{anomaly}: went back", anomaly.step) for anomaly in back]
+        else:
+            self._to_tell = [entry for entry in self._to_tell if entry not in told]
         for anomaly in found:
             self._tell(ctx, anomaly, back)
         if fatal := next((a for a in found if self._policy(a) == "raise"), None):
@@ -223,6 +228,11 @@ class AnomalyCallback(Callback):
             self._go_back(ctx, back)
         elif self._rolls_back and ctx.step >= self._snapshot_step + self.snapshot_every:
             self._snapshot_is_due = True
+
+    def _is_time(self, ctx: CallbackContext, step: int) -> bool:
+        """Whether the run has come to `step`, or to its end, which may be earlier now by the windows that are left out."""
+        near = ctx.run_unit == "st" and ctx.step + len(self.left_out) >= ctx.run_length
+        return ctx.step >= step or near or ctx.at_end
 
     @hook(tryfirst=True)
     def on_preempt(self, ctx: CallbackContext) -> None:
@@ -343,7 +353,8 @@ class AnomalyCallback(Callback):
                 f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}."
             )
         saved = _copied(self._snapshot)  # what takes it over may keep its tensors
-        saved["components"][self.plugin_name]["left_out"] = [list(place) for place in self.left_out]
+        mine = saved["components"][self.plugin_name]
+        mine["left_out"], mine["to_tell"] = [list(place) for place in self.left_out], [list(entry) for entry in self._to_tell]
         ctx.go_back(saved)
 
 

@@ -214,6 +214,44 @@ def test_rollback_is_a_run_that_never_saw_the_window(
     assert event["did"] == f"went back to step {at - at % 4}"
 
 
+@component
+class Saves(Callback):
+    """Keeps the state after one step, of its last repetition, or begins with such a state."""
+
+    def __init__(self, at: int = -1, saved: Any = None) -> None:
+        self.at, self.saved = at, saved
+
+    def on_restore(self, ctx: Any) -> None:
+        if self.saved is not None:
+            ctx.load_state_dict(self.saved)
+
+    def on_step_end(self, ctx: Any) -> None:
+        if ctx.step == self.at:
+            self.saved = copy.deepcopy(ctx.state_dict())
+
+
+@pytest.mark.parametrize(("at", "told"), [(6, 8), (13, 16), (STEPS - 1, STEPS - 1)])
+def test_it_is_told_in_the_log_of_its_step_wherever_the_run_went_back_to(tmp_path: Path, at: int, told: int) -> None:
+    """As in a run that was killed, which has its snapshots elsewhere; the end of the run may be earlier than the step."""
+    chosen = windows()
+    hurt(chosen[at], "nan")
+    for every in (1, 8):  # steps 4 or 8 at most before the log
+        witness = Witness()
+        callback = anomaly(nonfinite="rollback", snapshot_every=every)
+        trainer(tmp_path / f"{every}", stream(chosen), callback, witness).train()
+        assert [step for step, log in dict(witness.logs).items() if "anomaly/nonfinite" in log and step < STEPS] == [told]
+    assert len({event["did"] for every in (1, 8) for event in events(tmp_path / f"{every}")}) == 2, "two places"
+
+
+def test_it_is_told_by_a_run_that_was_interrupted_between_going_back_and_the_log(tmp_path: Path) -> None:
+    chosen = windows()
+    hurt(chosen[13], "nan")
+    first, witness = Saves(at=14), Witness()
+    trainer(tmp_path, stream(chosen), anomaly(nonfinite="rollback"), first).train()
+    trainer(tmp_path, stream(chosen), anomaly(nonfinite="rollback"), Saves(saved=first.saved), witness).train()
+    assert [(step, log.get("anomaly/nonfinite")) for step, log in witness.logs] == [(16, 1.0), (20, None), (23, None)]
+
+
 def test_rollback_over_epochs_and_two_windows_of_shuffled_data(tmp_path: Path) -> None:
     """Map-style data: a sample that is broken comes once in each pass, in another window."""
     rows = [(x[i], y[i]) for [(x, y)] in windows() for i in range(4)]
