@@ -16,6 +16,10 @@ from drivetrain_cli import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 PROGRAMS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+INSTALL = (
+    "Install one with the system's packages (Debian: apt install chromium) or with `python -m playwright install chromium`, "
+    "or name the program in the environment: CHROMIUM=/path/to/chromium"
+)
 HOSTILE = '</script><img src=x onerror="window.hit=1"><script>window.hit=2</script>\n\x1b[31m'
 LOSS = 'figure.chart:has(path[data-name="train/loss"])'
 
@@ -59,6 +63,8 @@ def chromium() -> Iterator[Any]:
 
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, PROGRAMS)), None)
     with sync_playwright() as playwright:
+        if not Path(program := found or playwright.chromium.executable_path).is_file():
+            pytest.exit(f"no browser at {program}. {INSTALL}", returncode=1)
         browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
