@@ -97,9 +97,10 @@ def _next_second(folder: Path) -> None:
 
 
 def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Nested plain data as names with dots; what the board cannot show as text."""
+    """Nested plain data as names with dots; what the board cannot show as text, and "true" and "false", which it takes for numbers."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _flat(item, f"{name}.{key}" if name else str(key))
     else:
-        yield name, value if isinstance(value, (bool, int, float, str)) else str(value)
+        shown = str(value).lower() if isinstance(value, bool) else value
+        yield name, shown if isinstance(shown, (int, float, str)) else str(shown)

@@ -143,7 +143,7 @@ def test_the_configuration_is_there_as_hyperparameters(tmp_path: Path) -> None:
         "optimizer.use": "adamw",
         "optimizer.lr": 0.001,
         "optimizer.betas": "[0.9, 0.95]",
-        "compile": False,
+        "compile": "false",
     }
     (experiment,) = [m.plugin_data.content for name, m in content.items() if name.endswith("experiment")]
     assert [info.name.tag for info in HParamsPluginData.FromString(experiment).experiment.metric_infos] == ["eval/loss"]
