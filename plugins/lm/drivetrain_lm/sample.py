@@ -6,9 +6,10 @@ import sys
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import attrs
 import torch
 
-from drivetrain import Callback, Duration, ModelError, component, option
+from drivetrain import Callback, Duration, ModelError, component, hook, option
 from drivetrain_lm.model import BYTES
 from drivetrain_lm.options import between
 
@@ -20,8 +21,9 @@ _WIDTH = 80
 
 @component
 class SampleTextCallback(Callback):
-    """Continue a prompt with a byte-level model at the run's end, and every `every` if it is given.
+    """Continue a prompt with a byte-level model at the run's end, and every `every` or after each evaluation if that is wanted.
 
+    At an evaluation the model has the weights that are evaluated: with `ema`, their averages. Elsewhere it has those that are trained.
     The sample goes to the standard output and to samples.txt in the run's directory. The model is in eval mode meanwhile, and
     random numbers come from a generator of the callback's own, seeded anew for each sample: training goes on as if nothing had
     happened.
@@ -35,6 +37,9 @@ class SampleTextCallback(Callback):
     top_k: int | None = option(default=None, validator=between(1), help="sample among this many likeliest bytes; null for all")
     seed: int = option(default=0, validator=between(0), help="fixes the sample")
     every: Duration | None = option(default=None, help="sample during the run as well, such as '500st'")
+    at_evaluation: bool = option(default=False, help="sample with each evaluation as well, by the weights that are evaluated")
+
+    _sampled_at: int | None = attrs.field(default=None, init=False, repr=False)  # -1: not yet; None: outside of a run
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Refuse a model that cannot do it now, not at the end of the run."""
@@ -52,10 +57,18 @@ class SampleTextCallback(Callback):
         """A sample on the way."""
         self._sample(ctx)
 
+    @hook(tryfirst=True)
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        """A sample while averages are still in the place of the weights; none in an evaluation beside the run."""
+        if self.at_evaluation and self._sampled_at is not None:
+            self._sample(ctx)
+
+    @hook(trylast=True)
     def on_run_end(self, ctx: CallbackContext) -> None:
         """A sample of the trained model; none when the run failed or was interrupted."""
         if ctx.trainer.output.completed and self._sampled_at != ctx.step:
             self._sample(ctx)
+        self._sampled_at = None
 
     def _sample(self, ctx: CallbackContext) -> None:
         """On every rank: with sharded weights each forward takes all of them. Rank 0 prints and writes."""

@@ -61,6 +61,38 @@ def test_samples_on_the_way_and_once_at_the_end(tmp_path: Path) -> None:
     assert [line.split()[3] for line in written.splitlines() if line.startswith("-- sample")] == ["2", "4", "6"]
 
 
+@component
+class Swaps(Callback):
+    """Evaluates other weights than it trains, as `ema` does: all zero, by which every byte is as likely."""
+
+    def on_evaluate_start(self, ctx: CallbackContext) -> None:
+        self.kept = {name: value.clone() for name, value in ctx.model.state_dict().items()}
+        for parameter in ctx.model.parameters():
+            parameter.data.zero_()
+
+    def on_evaluate_end(self, ctx: CallbackContext) -> None:
+        ctx.model.load_state_dict(self.kept)
+
+
+def test_at_evaluations_the_weights_that_are_evaluated_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zero = []
+    generate = GPT.generate
+
+    def noted(self: GPT, *args: Any, **kwargs: Any) -> torch.Tensor:
+        zero.append(not any(parameter.any() for parameter in self.parameters()))
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "generate", noted)
+    sample = SampleTextCallback(at_evaluation=True, length=5)
+    trainer = Trainer(args=config(tmp_path, callbacks=[Swaps(), sample], eval_interval="4st", max_duration="9st"))
+    trainer.train()
+    assert zero == [True, True, True], "after steps 4, 8 and 9, at whose end is no second one"
+    trainer.evaluate()
+    assert len(zero) == 3, "no run, no sample"
+    Trainer(args=config(tmp_path, callbacks=[Swaps(), SampleTextCallback(length=5)], resume="never")).train()
+    assert zero[3:] == [False], "control"
+
+
 def test_training_does_not_notice(tmp_path: Path) -> None:
     """With dropout: the weights after training are bit-equal whether or not text was sampled in between."""
 
