@@ -120,7 +120,6 @@ def _child(order: Mapping[str, Any], main: Callable[[Sequence[str]], int]) -> No
     os.setpgid(0, 0)
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN if number == signal.SIGXFSZ else signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(order["folder"])
     for name, descriptor in (("out", 1), ("err", 2)):
         os.dup2(os.open(f"{name}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -132,6 +131,7 @@ def _child(order: Mapping[str, Any], main: Callable[[Sequence[str]], int]) -> No
     if order["memory"]:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + order["memory"],) * 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as from the interpreter's start on, which takes longer than this
     _leave(main(order["words"]))
 
 
@@ -176,6 +176,7 @@ def _serve() -> None:
     warm.grad = torch.zeros(1)
     torch.optim.AdamW([warm]).step()  # imports what every call would import anew
     gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also for a call that has been forked and has not begun
     print("ready", flush=True)
     for line in sys.stdin:
         process = os.fork()

@@ -77,7 +77,7 @@ def run(launcher: str, folder: Path, *fault: str, **variables: str) -> Ended:
     while process.poll() is None and time.time() < end:
         if not gone and is_gone(folder / f"pid-{1 - rank}"):
             gone = time.time()
-            if how == "stop":
+            if how == "stop" and is_in(folder / f"pid-{rank}", "stopped"):  # not in a rerun, where it ends by itself
                 os.kill(int((folder / f"pid-{rank}").read_text()), signal.SIGKILL)
         time.sleep(0.02)
     if process.poll() is None:
@@ -87,7 +87,12 @@ def run(launcher: str, folder: Path, *fault: str, **variables: str) -> Ended:
 
 
 def is_gone(file: Path) -> bool:
-    return file.exists() and (text := file.read_text()) != "" and Peer(0, HOST, int(text)).state == "gone"
+    return is_in(file, "gone")
+
+
+def is_in(file: Path, state: str) -> bool:
+    """Whether the process whose id a file holds is in a state."""
+    return file.exists() and (text := file.read_text()) != "" and Peer(0, HOST, int(text)).state == state
 
 
 def first_line(errors: str) -> str:
