@@ -26,7 +26,10 @@ CALLBACKS: dict[str, dict[str, Any]] = {  # in no step of a test are those due w
     "batch_size_finder": {},
     "lr_finder": {"steps": 10},
 }
-LEFT_OUT = {"audit": "for a run that is to be examined: it intercepts every reading"}
+LEFT_OUT = {
+    "audit": "for a run that is to be examined: it intercepts every reading",
+    "sample_prompts": "for models of transformers, where its own tests are; it has no state",
+}
 
 
 def built_in() -> set[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from drivetrain_testing import Check, conformance
-from drivetrain_transformers import Chat, TextFiles, TransformersModel
+from drivetrain_transformers import Chat, SamplePromptsCallback, TextFiles, TransformersModel
 
 LLAMA = {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 LLAMA |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32}
@@ -69,4 +69,14 @@ def test_conformance_of_the_model(check: Check) -> None:
     processes=pytest.mark.slow,
 )
 def test_conformance_of_the_data(check: Check) -> None:
+    check()
+
+
+@conformance(
+    SamplePromptsCallback(prompts=["the fox"], tokenizer=TOKENIZER, length=3),
+    model=llama,
+    data=tokens,
+    processes=pytest.mark.slow,
+)
+def test_conformance_of_the_samples(check: Check) -> None:
     check()
