@@ -428,6 +428,30 @@ def test_a_worker_that_hangs_is_named_and_ended() -> None:
     assert not any(worker.is_alive() for worker in hanging)
 
 
+def test_workers_end_with_a_killed_process_even_in_a_sample(tmp_path: Path) -> None:
+    """torch's own look for it between samples only; they would keep their memory, and the run's files open."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os, time, torch\n"
+        "from drivetrain import Trainer, TrainingConfig\n"
+        "class Data:\n"
+        "    def __len__(self): return 64\n"
+        "    def __getitem__(self, index):\n"
+        "        print(os.getpid(), flush=True)\n"
+        "        time.sleep(3600)\n"
+        "model = torch.nn.Linear(4, 1)\n"
+        "config = TrainingConfig(max_duration='100st', dataloader={'num_workers': 2})\n"
+        "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "Trainer(model, config, Data(), loss=torch.nn.MSELoss(), optimizer=optimizer).train()\n"
+    )
+    env = os.environ | {"DRIVETRAIN_PLUGINS": "off"}
+    with subprocess.Popen([sys.executable, str(script)], env=env, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert {int(process.stdout.readline()) for _ in range(2)} - {process.pid}
+        process.kill()
+        assert process.stdout.read() == ""  # which ends when the workers, who have its other end, are gone
+
+
 @pytest.mark.parametrize("first", ["torch", "multiprocessing.util"])  # whose functions are called first at the exit
 @pytest.mark.parametrize("kind", ["map", "stream"])
 def test_a_loop_that_is_never_finished_lets_the_process_end(tmp_path: Path, first: str, kind: str) -> None:
