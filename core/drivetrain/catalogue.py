@@ -72,6 +72,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
         "drivetrain-gradient-stats": ("gradient_stats",),
         "drivetrain-ledger": ("ledger",),
         "drivetrain-lm": ("sample_text",),
+        "drivetrain-transformers": ("sample_prompts",),
         "drivetrain-watchdog": ("watchdog",),
     },
     "tracker": {
