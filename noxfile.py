@@ -176,8 +176,7 @@ def run_shared(session: nox.Session, *command: str, **variables: str) -> None:
 @cache
 def bring_up_to_date() -> None:
     """Install every distribution, editable, and the types that mypy reads into the shared environment."""
-    if not SHARED.exists():
-        venv.create(SHARED, symlinks=os.name != "nt", with_pip=True)
+    venv.create(SHARED, symlinks=os.name != "nt", with_pip=True)  # changes nothing when it is there, whole
     subprocess.run(
         [python_of(SHARED), "-m", "pip", "install", "-q", "-r", "requirements.txt", *GROUPS["types"]], cwd=ROOT, check=True
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from flit_core import buildapi
 
-from drivetrain import DrivetrainError
+from drivetrain import DrivetrainError, Trainer, TrainingConfig
 from drivetrain_scaffold import KINDS, New, make_plugin, make_project
 from drivetrain_testing import Check, conformance
 
@@ -63,6 +63,21 @@ def test_the_tests_of_a_new_plugin_pass_at_once(results: str, name: str) -> None
     mine = [line for line in results.splitlines() if line.startswith(f"{name}/tests/test_{name.replace('-', '_')}.py::")]
     assert len(mine) >= 5, results[-3000:]
     assert [line for line in mine if "PASSED" not in line] == [], results[-3000:]
+
+
+def test_a_new_model_learns_from_a_new_data_set_by_configuration_alone(made: Path, tmp_path: Path) -> None:
+    kinds = ("model", "dataset", "optimizer")
+    config = TrainingConfig(
+        plugins=[str(made / f"toy-{kind}" / f"toy_{kind}" / "__init__.py") for kind in kinds],
+        model="toy_model",
+        data="toy_dataset",
+        optimizer={"use": "toy_optimizer", "lr": 0.05},
+        max_duration="60st",
+        standard_callbacks=False,
+        output_dir=tmp_path,
+    )
+    losses = [step.loss for step in Trainer(None, config).steps()]
+    assert losses[-1] < losses[0] / 2
 
 
 def test_a_new_plugin_is_complete(made: Path) -> None:
