@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import Trainer, TrainingConfig
+from drivetrain import Precision, Trainer, TrainingConfig
 
 DATA = TensorDataset(torch.randn(32, 6, generator=torch.Generator().manual_seed(1)), torch.ones(32, 1))
 
@@ -30,11 +30,9 @@ class Blocks(nn.Module):
 
 
 def train(model: nn.Module, **given: Any) -> Tensor:
-    config = TrainingConfig(
-        max_duration="4st", per_device_batch_size=8, standard_callbacks=False, device="cpu", precision="fp32", **given
-    )
+    config = TrainingConfig(max_duration="4st", per_device_batch_size=8, standard_callbacks=False, device="cpu", **given)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Trainer(model, config, DATA, loss=nn.MSELoss(), optimizer=optimizer).train()
+    Trainer(model, config, DATA, loss=nn.MSELoss(), optimizer=optimizer, precision=Precision()).train()
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, CallbackContext, Loss, Strategy, Trainer, TrainingConfig
+from drivetrain import Callback, CallbackContext, Loss, Precision, Strategy, Trainer, TrainingConfig
 from drivetrain.data import Window
 from drivetrain.shrinking import divided
 
@@ -54,10 +54,9 @@ def trained(model: nn.Module, steps: int = 8, loss: Any = mean, **given: Any) ->
         "per_device_batch_size": 8,
         "standard_callbacks": False,
         "device": "cpu",
-        "precision": "fp32",
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = Trainer(model, TrainingConfig(**{**config, **given}), DATA, loss=loss, optimizer=optimizer)
+    trainer = Trainer(model, TrainingConfig(**{**config, **given}), DATA, loss=loss, optimizer=optimizer, precision=Precision())
     trainer.train()
     return trainer
 
@@ -113,11 +112,9 @@ def test_a_run_that_goes_on_begins_with_the_size_that_fitted() -> None:
     """Dropout draws once for each microbatch: were the first size tried again, the rest would draw other numbers."""
 
     def made(model: nn.Module, *callbacks: Callback) -> Trainer:
-        config = TrainingConfig(
-            max_duration="8st", per_device_batch_size=8, standard_callbacks=False, device="cpu", precision="fp32"
-        )
+        config = TrainingConfig(max_duration="8st", per_device_batch_size=8, standard_callbacks=False, device="cpu")
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return Trainer(model, config, DATA, loss=mean, optimizer=optimizer, callbacks=callbacks)
+        return Trainer(model, config, DATA, loss=mean, optimizer=optimizer, callbacks=callbacks, precision=Precision())
 
     whole, first, second = (Hungry(room=4, dropout=0.5) for _ in range(3))
     with pytest.warns(UserWarning, match="ran out of memory"):
@@ -168,12 +165,10 @@ def test_one_of_several_ranks_cannot_go_on_alone() -> None:
             return [value, value]
 
     model = Hungry(room=4)
-    config = TrainingConfig(
-        max_duration="2st", per_device_batch_size=8, standard_callbacks=False, device="cpu", precision="fp32"
-    )
+    config = TrainingConfig(max_duration="2st", per_device_batch_size=8, standard_callbacks=False, device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(torch.OutOfMemoryError) as failure:
-        Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=Two()).train()
+        Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=Two(), precision=Precision()).train()
     note = "".join(failure.value.__notes__)
     assert "Lower per_device_batch_size from 8 to 4 and double gradient_accumulation_steps" in note
 

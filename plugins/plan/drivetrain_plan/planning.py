@@ -309,7 +309,12 @@ def taken_apart(trainer: Trainer) -> tuple[TrainingConfig, dict[str, Any]]:
 def for_device(config: TrainingConfig, profile: DeviceProfile, assumptions: list[str]) -> TrainingConfig:
     """The configuration as it would turn out on that device."""
     changed = copy.copy(config)
-    if not profile.waits and changed.precision in (None, "auto") and "bf16" in profile.rates:
+    if (
+        not profile.waits
+        and changed.precision in (None, "auto")
+        and "bf16" in profile.rates
+        and is_installed("precision", "bf16")
+    ):
         changed.precision = "bf16"
         assumptions.append(f"precision: bf16, which {profile.name} computes in hardware")
     name = (

@@ -56,6 +56,7 @@ def test_what_several_processes_wrote_is_whole(release, diff):
 @pytest.mark.filterwarnings("ignore")  # of other versions and another commit
 def test_its_run_goes_on(tmp_path, monkeypatch, release):
     """To the same weights as a run of this release; not bit for bit where torch or the processor is another one."""
+    pytest.importorskip("numpy", reason="these runs have its random state")
     monkeypatch.setenv("DRIVETRAIN_PLUGINS", "drivetrain-checkpoint")
     whole = kept.trainer(tmp_path / "whole")
     whole.train()

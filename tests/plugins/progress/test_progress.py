@@ -492,7 +492,10 @@ for widget in Widget.made:
 
 def kernel(widgets: bool) -> subprocess.CompletedProcess[str]:
     code = KERNEL.replace("WIDGETS", str(widgets))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    without_numpy = "ignore:Failed to initialize NumPy:UserWarning"  # torch's own words
+    return subprocess.run(
+        [sys.executable, "-W", without_numpy, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
 
 
 def test_a_notebook_has_a_widget_below_its_cell() -> None:

@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from drivetrain import Callback, CallbackContext, ConfigError, ModelError, Trainer, TrainingConfig, component, make_component
+from drivetrain import (
+    Callback,
+    CallbackContext,
+    ConfigError,
+    ModelError,
+    Precision,
+    Trainer,
+    TrainingConfig,
+    component,
+    make_component,
+)
 from drivetrain_transformers import SamplePromptsCallback, token_loss
 
 ROWS = [
@@ -20,10 +30,12 @@ ROWS = [
 
 def trainer(folder: Path, model: nn.Module, *callbacks: Callback, **options: Any) -> Trainer:
     given: dict[str, Any] = {"max_duration": "4st", "per_device_batch_size": 2, "device": "cpu", "output_dir": folder}
-    given |= {"run_name": "a", "standard_callbacks": False, "precision": "fp32", "resume": "never"}
+    given |= {"run_name": "a", "standard_callbacks": False, "resume": "never"}
     config = TrainingConfig(**{**given, **options})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Trainer(model, config, ROWS, ROWS[:4], loss=token_loss, optimizer=optimizer, callbacks=callbacks)
+    return Trainer(
+        model, config, ROWS, ROWS[:4], loss=token_loss, optimizer=optimizer, callbacks=callbacks, precision=Precision()
+    )
 
 
 def sampler(tokenizer_dir: Path, **options: Any) -> SamplePromptsCallback:
