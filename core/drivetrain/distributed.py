@@ -93,10 +93,15 @@ class ProcessGroupStrategy(Strategy):
         given: dict[str, Any] = {"backend": backend, "timeout": self.setup_timeout}
         if self.device.type == "cuda":
             given["device_id"] = self.device
-        if cluster.launcher == "torchrun":
+        attempt = _attempt() if cluster.launcher == "torchrun" else 0
+        if cluster.launcher == "torchrun" and attempt == 0:
             dist.init_process_group(init_method="env://", **given)
             return
         given |= {"rank": cluster.rank, "world_size": cluster.world_size}
+        if attempt:
+            shared: Any = dist.TCPStore(cluster.address, cluster.port, cluster.world_size, timeout=self.setup_timeout)  # type: ignore
+            dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", shared), **given)  # type: ignore[attr-defined]
+            return
         if cluster.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **given)  # type: ignore[attr-defined]
         elif cluster.address and cluster.port:
@@ -143,6 +148,12 @@ class ProcessGroupStrategy(Strategy):
         if self._meetings is not None:
             self._meetings.leave()
             self._meetings = None
+
+
+def _attempt() -> int:
+    """How often torchrun's agent has started all again beside one store, which still has the addresses of those who have ended."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) if shared else 0
 
 
 def _is_free(port: int) -> bool:

@@ -173,7 +173,6 @@ def test_the_first_rank_fails_while_saving(tmp_path: Path, how: str) -> None:
     assert first_line(done.stderr).startswith(f"rank 0 on {HOST} ")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_restart_goes_on_by_itself(tmp_path: Path, references) -> None:
     """torchrun's agent starts all again, and they go on from the newest checkpoint."""
