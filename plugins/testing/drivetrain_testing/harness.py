@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,16 +31,22 @@ FEATURES, WIDTH, ROWS = 6, 16, 96
 
 def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
     """A regression [*, 6] -> [*, 1] with a hidden matrix, vectors and dropout; the same weights for the same seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(
+    with torch.device("meta"):  # no number of the global generator's, which a run of another thread may have
+        layers = [
             nn.Linear(FEATURES, WIDTH),
             nn.Tanh(),
             nn.Linear(WIDTH, WIDTH),
             nn.Tanh(),
             nn.Dropout(0.05),
             nn.Linear(WIDTH, 1),
-        ).to(dtype)
+        ]
+    model, generator = nn.Sequential(*layers).to_empty(device="cpu"), torch.Generator().manual_seed(seed)
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            continue
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)  # as `nn.Linear` does
+        nn.init.uniform_(layer.bias, -1 / math.sqrt(layer.in_features), 1 / math.sqrt(layer.in_features), generator=generator)
+    return model.to(dtype)
 
 
 def tiny_data(dtype: torch.dtype = torch.float32, seed: int = 1, rows: int = ROWS) -> TensorDataset:
