@@ -26,8 +26,8 @@ from drivetrain.loading import (
     apart,
     as_it_is,
     draws_once,
-    ignore_interrupts,
     seeded,
+    tie_to_parent,
 )
 from drivetrain.loss import samples_in
 from drivetrain.rng import isolated, mix
@@ -174,7 +174,7 @@ class MapSource(Source):
             prefetch_factor=loader.prefetch_factor if loader.num_workers else None,
             timeout=loader.timeout if loader.num_workers else 0,
             pin_memory=pin,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=tie_to_parent,
             generator=torch.Generator(),  # else each epoch's iterator would draw from the global generator
         )
 

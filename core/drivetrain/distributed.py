@@ -99,10 +99,10 @@ class ProcessGroupStrategy(Strategy):
             return
         given |= {"rank": cluster.rank, "world_size": cluster.world_size}
         if attempt:
-            shared: Any = dist.TCPStore(cluster.address, cluster.port, cluster.world_size, timeout=self.setup_timeout)  # type: ignore
+            address, port, world = cluster.address, int(cluster.port or 0), cluster.world_size
+            shared = dist.TCPStore(str(address), port, world, timeout=self.setup_timeout)  # type: ignore[attr-defined]
             dist.init_process_group(store=dist.PrefixStore(f"attempt {attempt}", shared), **given)  # type: ignore[attr-defined]
-            return
-        if cluster.world_size == 1:
+        elif cluster.world_size == 1:
             dist.init_process_group(store=dist.HashStore(), **given)  # type: ignore[attr-defined]
         elif cluster.address and cluster.port:
             if cluster.rank == 0 and cluster.launcher == "slurm" and not _is_free(cluster.port):

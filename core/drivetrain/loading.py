@@ -41,7 +41,7 @@ _MANY = 16  # samples, from which on it takes less time to look whether any of t
 class Loader(DataLoader[Any]):
     """A loader of ours, whose worker processes end when it is closed, or before the process ends.
 
-    They leave signals to the training process (`ignore_interrupts`). Left to the garbage collector as part of a cycle, or to the end
+    They leave signals to the training process (`tie_to_parent`). Left to the garbage collector as part of a cycle, or to the end
     of the process, they would not end: torch no longer tells them once the interpreter is exiting, and multiprocessing waits for them.
     """
 
@@ -277,7 +277,7 @@ def as_it_is(batch: Any) -> Any:
 
 def _begin_worker(given: Callable[[int], None] | None, worker: int) -> None:
     """What starts a worker of somebody's loader; the function that was given with it finds its own data set where torch says."""
-    ignore_interrupts(worker)
+    tie_to_parent(worker)
     info = get_worker_info()
     assert info is not None
     object.__setattr__(info, "dataset", info.dataset.data)  # type: ignore[attr-defined]
@@ -285,8 +285,10 @@ def _begin_worker(given: Callable[[int], None] | None, worker: int) -> None:
         given(worker)
 
 
-def ignore_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C and termination to the training process: it stops the workers when it has saved what it needs.
+def tie_to_parent(_worker: int) -> None:
+    """Let a worker end when the training process says so, or has ended, and not by signals.
+
+    That process stops the workers when it has saved what it needs, so Ctrl-C and termination are left to it.
 
     When it is killed they end at once. torch's workers look for it only between samples, and never miss one that is gone already.
     """

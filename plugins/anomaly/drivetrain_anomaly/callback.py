@@ -107,14 +107,17 @@ class AnomalyCallback(Callback):
         """The means, and the judgements that no logging step has read yet."""
         if self._restored is not None:
             return dict(self._restored)
-        state: dict[str, Any] = {"left_out": [list(place) for place in self.left_out]}
-        state["to_tell"] = [list(entry) for entry in self._to_tell]
+        state = self._outcomes()
         state["detector"] = None if self._detector is None else self._detector.state_dict()
         self._share_losses()
         state["unread"] = [row._asdict() for row in self._unread]
         if self._owes_a_rollback():
             state["snapshot"] = {"step": self._snapshot_step, "state": self._snapshot}
         return state
+
+    def _outcomes(self) -> dict[str, Any]:
+        """What a run that goes back must not forget."""
+        return {"left_out": [list(place) for place in self.left_out], "to_tell": [list(entry) for entry in self._to_tell]}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Keep it until the device is known, or take it over at once."""
@@ -353,8 +356,7 @@ class AnomalyCallback(Callback):
                 f"{bad[0]}. It is one more than max_rollbacks = {self.max_rollbacks} windows; {_samples(bad[0])}."
             )
         saved = _copied(self._snapshot)  # what takes it over may keep its tensors
-        mine = saved["components"][self.plugin_name]
-        mine["left_out"], mine["to_tell"] = [list(place) for place in self.left_out], [list(entry) for entry in self._to_tell]
+        saved["components"][self.plugin_name] |= self._outcomes()
         ctx.go_back(saved)
 
 

@@ -123,9 +123,9 @@ class Arena:
     def _make(self, size: int, memory: Tensor | None) -> None:
         give_way()
         if memory is None:
-            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=True)  # is there at once
         else:
-            for start in range(0, size, _TOUCHED):  # pinned memory is there at once
+            for start in range(0, size, _TOUCHED):
                 memory[start : start + _TOUCHED].zero_()
         self.memory = memory
 

@@ -15,8 +15,6 @@ from typing import Any, TextIO
 _SEQUENCE = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
 # ... and single characters that move the cursor, start a line, or turn the direction of writing (CWE-150).
 _CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-
-
 _WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
 
 
@@ -57,15 +55,11 @@ def wrapped(line: str, stream: TextIO) -> str:
     Elsewhere, where it may be searched for, it is left as it is.
     """
     width = shutil.get_terminal_size((100, 24)).columns - 1
-    if not stream.isatty() or _width(line) <= width:
+    if not stream.isatty() or len(_SEQUENCE.sub("", line)) <= width:
         return line
     first, _, last = line.rpartition(" · ")
     lines = textwrap.wrap(last, width, initial_indent="  " * bool(first), subsequent_indent="  ", **_WORDS)
     return "\n".join([*textwrap.wrap(first, width, subsequent_indent="  ", **_WORDS), *(faint(part, stream) for part in lines)])
-
-
-def _width(line: str) -> int:
-    return len(_SEQUENCE.sub("", line))
 
 
 def columns(rows: Sequence[Sequence[str]], wrap_last: bool = False) -> list[str]:

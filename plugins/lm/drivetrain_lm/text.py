@@ -127,12 +127,7 @@ def find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
     """
     try:
         return _find_files(path, pattern)
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # too long, forbidden, ~nobody; a pattern that is none
+    except (OSError, RuntimeError, ValueError) as error:  # too long, forbidden, ~nobody; a pattern that is none
         shown = path if len(path) < 200 else f"{path[:200]}…"
         said = str(getattr(error, "strerror", None) or error).rstrip(".")
         raise _wrong_path(f"{shown!r} with the pattern {pattern!r} cannot be read: {said}.") from error

@@ -41,9 +41,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequenti
             nn.Linear(WIDTH, 1),
         ]
     model, generator = nn.Sequential(*layers).to_empty(device="cpu"), torch.Generator().manual_seed(seed)
-    for layer in layers:
-        if not isinstance(layer, nn.Linear):
-            continue
+    for layer in (layer for layer in layers if isinstance(layer, nn.Linear)):
         nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)  # as `nn.Linear` does
         nn.init.uniform_(layer.bias, -1 / math.sqrt(layer.in_features), 1 / math.sqrt(layer.in_features), generator=generator)
     return model.to(dtype)

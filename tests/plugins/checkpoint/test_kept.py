@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
-import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from tests.plugins.checkpoint import kept
 
 from drivetrain_checkpoint import find_checkpoints, read_checkpoint, verify
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"checkpoint_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-kept = _load("kept")
 RELEASES = sorted(path.name for path in kept.KEPT.iterdir() if path.is_dir())
 
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import argparse
 import errno
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
-import sys
 import threading
 import warnings
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.plugins.checkpoint import cutting
 from torch.distributed.checkpoint.api import CheckpointException
 
 from drivetrain_checkpoint import CheckpointError, Files, Store, find_checkpoints, read_checkpoint, verify
@@ -28,16 +25,6 @@ from drivetrain_checkpoint.resharding import SafetensorsReader, SafetensorsWrite
 from drivetrain_checkpoint.store import load_checkpoint, load_newest
 from drivetrain_checkpoint.together import Together
 
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"checkpoint_{name}", Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-cutting = _load("cutting")
 RULES = list(cutting.RULES)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -11,23 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.plugins.checkpoint import cutting
+from tests.plugins.checkpoint import test_crash_states as crashes
 
 from drivetrain_checkpoint import Store, find_checkpoints
 from drivetrain_checkpoint.format import pack_own
 from drivetrain_checkpoint.resharding import Planning
 from drivetrain_checkpoint.together import Together, share_of
-
-
-def _load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"checkpoint_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-crashes, cutting = _load("test_crash_states"), _load("cutting")
 
 
 @cache
