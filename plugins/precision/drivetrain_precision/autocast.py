@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import ConfigError, Precision, Problem
+from drivetrain_precision.attention import short_attention
 
 
 class AutocastPrecision(Precision):
@@ -22,6 +23,7 @@ class AutocastPrecision(Precision):
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device, reason: str) -> None:
         self.name, self.dtype, self.reason = name, dtype, reason
         self._context = torch.autocast(device.type, dtype)
+        self._attention = short_attention() if device.type == "cpu" else None
 
     def forward(self) -> torch.autocast:
         """The autocast context of forward and loss."""
