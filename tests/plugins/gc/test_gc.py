@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,7 +101,7 @@ def test_what_the_program_has_switched_off_stays_off() -> None:
 
 def test_of_several_runs_the_last_one_puts_it_back() -> None:
     first, second = GcCallback(), GcCallback()
-    ctx: Any = None
+    ctx: Any = SimpleNamespace(device=torch.device("cpu"))
     first.on_run_start(ctx)
     other = threading.Thread(target=lambda: second.on_run_start(ctx))
     other.start()
@@ -108,3 +112,61 @@ def test_of_several_runs_the_last_one_puts_it_back() -> None:
     assert not gc.isenabled()
     second.on_run_end(ctx)
     assert gc.isenabled()
+
+
+FAULTS = """
+import resource, sys
+import torch
+from torch import nn
+from drivetrain import Callback, Trainer, TrainingConfig
+from drivetrain_gc import GcCallback
+
+faults, resident = [], lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+class Count(Callback):
+    def on_step_end(self, ctx):
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+def train(callbacks):
+    faults.clear()
+    model = nn.Sequential(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 512), nn.GELU(), nn.Linear(512, 1))
+    data = torch.utils.data.TensorDataset(torch.ones(4096, 8), torch.ones(4096, 1))
+    config = TrainingConfig(max_duration="24st", per_device_batch_size=4096, standard_callbacks=False, device="cpu", seed=0,
+                            optimizer={"use": "adamw", "lr": 1e-3}, precision="fp32")
+    Trainer(model, config, data, loss=nn.MSELoss(), callbacks=[Count(), *callbacks]).train()
+    return (faults[-1] - faults[11]) / (len(faults) - 12)
+
+options = eval(sys.argv[1])
+during = train([] if options is None else [GcCallback(**options)])
+print(during, resident() >> 20, train([]))
+"""
+
+
+def faults(options: dict[str, Any] | None, **environment: str) -> list[float]:
+    """Pages a step got anew from the system, MiB held after the run, and the pages of a later run without the plugin."""
+    command = [sys.executable, "-W", "ignore", "-c", FAULTS, repr(options)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=True
+    )
+    return [float(word) for word in done.stdout.split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of Linux")
+def test_a_step_gets_no_memory_anew_and_free_memory_is_returned_in_the_end() -> None:
+    plain, kept = faults(None), faults({})
+    assert kept[0] < 20, "the next step has the last one's memory"
+    assert plain[0] > 100 * max(kept[0], 1), "else nothing is tested here"
+    assert kept[1] < plain[1] + 32, "what is free after a run is the system's"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of Linux")
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [
+        ({"keep_memory": False}, {}),
+        ({}, {"MALLOC_TRIM_THRESHOLD_": "131072"}),
+        ({}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}),
+    ],
+)
+def test_memory_is_left_to_those_who_have_decided_otherwise(options: dict[str, Any], environment: dict[str, str]) -> None:
+    assert faults(options, **environment)[0] > 100
