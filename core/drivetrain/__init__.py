@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from drivetrain.context import CallbackContext as CallbackContext
     from drivetrain.data import SampleOrder as SampleOrder
     from drivetrain.devices import DeviceManager as DeviceManager
+    from drivetrain.devices import at_hand as at_hand
     from drivetrain.distributed import ProcessGroupStrategy as ProcessGroupStrategy
     from drivetrain.duration import Duration as Duration
     from drivetrain.errors import ConfigError as ConfigError
@@ -59,6 +60,7 @@ _HOME = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DeviceManager": "devices",
+    "at_hand": "devices",
     "DrivetrainError": "errors",
     "Duration": "duration",
     "ForeachOptimizer": "optim",

@@ -157,7 +157,8 @@ class EventSpecs:
     def on_clipped(self, ctx: CallbackContext) -> None:
         """The gradients are as the optimizer will see them. `ctx.grad_norm` is the norm before clipping, if it was computed.
 
-        May set `ctx.veto`, a scalar on the device: unless it is 0, weights and optimizer stay as they are, and the step counts.
+        May set `ctx.veto`, a scalar on the device or a bool: unless it is 0 or False, weights and optimizer stay as they are, and the
+        step counts.
         """
 
     @spec

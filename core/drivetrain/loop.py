@@ -25,6 +25,7 @@ from drivetrain.ahead import sent_ahead
 from drivetrain.calling import LossFunction, ModelCall, StepFunction
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
+from drivetrain.devices import at_hand
 from drivetrain.errors import DataError, ModelError, RunError
 from drivetrain.hooks import Events
 from drivetrain.loss import Loss, checked, samples_in, tokens_in
@@ -367,15 +368,19 @@ class Loop:
             parameter.grad = None
         return applied
 
-    def _step_unless(self, veto: Tensor) -> bool:
+    def _step_unless(self, veto: Tensor | bool) -> bool:
         """Step the optimizer unless `veto` is not 0; a vetoed step counts and changes nothing.
 
-        A fused optimizer sees to it on the device. Before any other, and with a loss scale, the host reads the value and waits.
+        What is at hand decides at once. Of a value on a device a fused optimizer sees to it there; before any other, and with a loss
+        scale, the host reads it and waits.
         """
         ctx, optimizer, precision = self.ctx, self.ctx.optimizer, self.ctx.precision
         ctx.veto = None
+        if isinstance(veto, Tensor) and (known := at_hand(veto)) is not None:
+            veto = bool(known)
         fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if fused and optimizer.state and self._scale is None:  # the very first step makes a state that a veto leaves unfilled
+        first = not optimizer.state  # makes a state, which a veto would leave unfilled
+        if isinstance(veto, Tensor) and fused and not first and self._scale is None:
             found = (veto if veto.dtype == torch.bool else veto != 0).float()
             optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
             try:
@@ -383,7 +388,7 @@ class Loop:
             finally:
                 del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
             return True
-        if veto.item():
+        if veto.item() if isinstance(veto, Tensor) else veto:
             precision.skip(optimizer)
             return True
         return precision.step(optimizer)

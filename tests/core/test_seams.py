@@ -38,6 +38,7 @@ class Veto(Callback):
     """Vetoes some steps; notes the weights after each."""
 
     steps: list[int]
+    number: bool = False
 
     def __attrs_post_init__(self) -> None:
         self.after: dict[int, Tensor] = {}
@@ -46,17 +47,24 @@ class Veto(Callback):
         self.after[0] = weights(ctx)
 
     def on_clipped(self, ctx: Any) -> None:
-        ctx.veto = torch.tensor(3.0 if ctx.step + 1 in self.steps else 0.0)
+        vetoed = ctx.step + 1 in self.steps
+        ctx.veto = vetoed if self.number else torch.tensor(3.0 * vetoed)
 
     def on_step_end(self, ctx: Any) -> None:
         self.after[ctx.step] = weights(ctx)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_vetoed_update_changes_nothing_and_counts(tmp_path: Path, fused: bool) -> None:
-    veto = Veto(steps=[1, 5])
-    output = trainer(tmp_path, veto, fused=fused).train()
-    assert output.steps == 12
+@pytest.mark.parametrize("given", ["a bool", "at hand", "on a device"])
+def test_a_vetoed_update_changes_nothing_and_counts(
+    tmp_path: Path, fused: bool, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given == "on a device":
+        monkeypatch.setattr("drivetrain.loop.at_hand", lambda value: None)
+    veto = Veto(steps=[1, 5], number=given == "a bool")
+    run = trainer(tmp_path, veto, fused=fused)
+    assert run.train().steps == 12
+    assert {int(state["step"]) for state in run.ctx.optimizer.state.values()} == {10}
     assert {step for step in range(1, 13) if torch.equal(veto.after[step], veto.after[step - 1])} == {1, 5}
 
 

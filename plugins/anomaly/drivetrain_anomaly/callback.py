@@ -11,8 +11,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, component, hook, option, state
-from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, judge_for, norms_of, worst
+from drivetrain import Callback, at_hand, component, hook, option, state
+from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, judge_at_hand, judge_for, norms_of, worst
 from drivetrain_anomaly.record import Anomaly, AnomalyError, append, samples_of
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ class AnomalyCallback(Callback):
 
     Each anomaly is a line of RUN_DIR/events.jsonl with step, loss, gradient norm, tensor and sample indices, and a warning.
 
-    Cost: three operations on one number a step, with the gradient norm that `max_grad_norm` needs anyway (without a limit it is
-    computed), and some 30 more every `renew_every` steps, when means and limits are renewed. A fused optimizer leaves a bad update out
-    on the device. Before any other, the host reads one value a step; with a loss scale only if spikes are to be kept out.
+    Cost: on a CPU a comparison, elsewhere three operations on one number a step, with the gradient norm that `max_grad_norm` needs
+    anyway (without a limit it is computed), and some 30 more every `renew_every` steps, when means and limits are renewed. On a device
+    a fused optimizer leaves a bad update out by itself. Before any other, the host reads one value a step; with a loss scale only if
+    spikes are to be kept out.
     `loss_factor` with several processes costs an all-reduce of one number a step.
     """
 
@@ -96,6 +97,8 @@ class AnomalyCallback(Callback):
     )  # in the judgement of a step: it is that of all ranks
     _judge: Any = attrs.field(default=None, init=False, repr=False)  # tells whether to veto; None when nothing ever is
     _guard: Any = attrs.field(default=None, init=False, repr=False)  # the limits above which it does
+    _judge_at_hand: Any = attrs.field(default=None, init=False, repr=False)  # the same two for numbers
+    _guard_at_hand: list[Any] = attrs.field(factory=list, init=False, repr=False)
     _ctx: Any = attrs.field(default=None, init=False, repr=False)
     # Kind, text and step of what was found before the run went back. It is told in the first log from that step on, wherever the run
     # went back to: an interrupted run has its snapshots elsewhere, and is to have the same log.
@@ -175,6 +178,7 @@ class AnomalyCallback(Callback):
         self._loss_counts = self.loss_factor is not None or ctx.strategy.world_size == 1
         vetoed = {"spikes": self.spike != "ignore", "nonfinite": self.nonfinite != "ignore" and not self._scaled}
         self._judge = judge_for(ctx.device, self._loss_counts, self.loss_factor is not None, **vetoed)
+        self._judge_at_hand = judge_at_hand(self._loss_counts, self.loss_factor is not None, **vetoed)
         ctx.left_out |= set(self.left_out)
         self._snapshot_is_due = self._rolls_back and not self._owes_a_rollback()
 
@@ -198,11 +202,17 @@ class AnomalyCallback(Callback):
             loss, norm = loss.float(), norm.float()
         if self._shares_loss:
             loss = ctx.strategy.sum(loss) / ctx.strategy.world_size
-        if self._judge is not None:
-            ctx.veto = self._judge(loss, norm, self._guard)
         step, detector = ctx.step + 1, self._detector
         self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, loss, norm, norms, detector.limits))
-        detector.fresh.append((loss if self._loss_counts else norm, norm))
+        known_loss, known_norm = at_hand(loss), at_hand(norm)
+        if known_loss is None or known_norm is None:
+            if self._judge is not None:
+                ctx.veto = self._judge(loss, norm, self._guard)
+            detector.fresh.append((loss if self._loss_counts else norm, norm))
+        else:
+            if self._judge is not None:
+                ctx.veto = self._judge_at_hand(known_loss, known_norm, self._guard_at_hand)
+            detector.fresh.append((known_loss if self._loss_counts else known_norm, known_norm))
         if step % self.renew_every == 0:
             detector.renew()
             self._set_guard()
@@ -270,6 +280,8 @@ class AnomalyCallback(Callback):
     def _set_guard(self) -> None:
         limits = self._detector.limits if self.spike != "ignore" else torch.full_like(self._detector.limits, NO_LIMIT)
         self._guard = limits if self.loss_factor is not None else limits[1]
+        if limits.is_cpu:
+            self._guard_at_hand = [at_hand(limit) for limit in limits]
 
     def _own_norms(self) -> Tensor:
         grads = [p.grad for p in self._parameters if p.grad is not None]

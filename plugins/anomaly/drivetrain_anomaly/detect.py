@@ -1,9 +1,10 @@
-"""The judgement of a step: two or three operations on the device, and a few more at each renewal of the limits."""
+"""The judgement of a step: a comparison of numbers at hand, or a few operations on the device; more when limits are renewed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from attrs import define, field
@@ -12,6 +13,7 @@ from torch import Tensor
 NO_LIMIT = 3.4e38  # below fp32's largest number: nothing finite passes it, while NaN and infinity are never under it
 
 Judge = Callable[[Tensor, Tensor, Tensor], Tensor]
+JudgeAtHand = Callable[[float, float, Sequence[float]], bool]
 
 
 class Unread(NamedTuple):
@@ -40,7 +42,7 @@ class Detector:
         means: of both, float32 on the device.
         seen: good steps so far, a scalar on the device.
         limits: above which a value is a spike, float32 on the device; never changed in place.
-        fresh: loss and gradient norm of the steps since the last renewal, scalars on the device.
+        fresh: loss and gradient norm of the steps since the last renewal: numbers on a CPU, elsewhere scalars on the device.
     """
 
     factors: Tensor
@@ -49,7 +51,7 @@ class Detector:
     means: Tensor
     seen: Tensor
     limits: Tensor
-    fresh: list[tuple[Tensor, Tensor]] = field(factory=list)
+    fresh: list[tuple[Tensor, Tensor] | tuple[float, float]] = field(factory=list)
 
     @classmethod
     def on(cls, device: torch.device, loss: float | None, norm: float | None, warmup: int, decay: float) -> Detector:
@@ -60,7 +62,7 @@ class Detector:
 
     def renew(self) -> None:
         """Take the fresh values into the means, and set the limits by them."""
-        values = torch.stack([value for pair in self.fresh for value in pair]).view(-1, 2)
+        values = self._fresh_values()
         self.fresh = []
         good = (values <= self.limits).all(dim=1)
         count = self.seen + good.cumsum(0)
@@ -72,17 +74,23 @@ class Detector:
         warm = (self.seen >= self.warmup) & (self.means > 0)  # a loss may be negative: no limit then
         self.limits = torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT)
 
+    def _fresh_values(self) -> Tensor:
+        """[steps, 2]."""
+        flat: list[Any] = [value for pair in self.fresh for value in pair]
+        on_device = bool(flat) and isinstance(flat[0], Tensor)
+        return (torch.stack(flat) if on_device else self.means.new_tensor(flat)).view(-1, 2)
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that the next judgements follow from."""
-        fresh = [value for pair in self.fresh for value in pair]
         state = {"means": self.means, "seen": self.seen, "limits": self.limits}
-        return state | {"fresh": torch.stack(fresh) if fresh else self.means[:0]}
+        return state | {"fresh": self._fresh_values().flatten()}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave; the tensors are copied."""
         device = self.seen.device
         self.means, self.seen, self.limits = (saved[key].to(device, copy=True) for key in ("means", "seen", "limits"))
-        values = list(saved["fresh"].to(device, copy=True))
+        fresh = saved["fresh"].to(device, copy=True)
+        values: list[Any] = fresh.tolist() if device.type == "cpu" else list(fresh)
         self.fresh = list(zip(values[::2], values[1::2], strict=True))
 
 
@@ -119,6 +127,26 @@ def judge_for(device: torch.device, loss_counts: bool, loss_is_limited: bool, sp
 
     def of_norm_and_nan(loss: Tensor, norm: Tensor, limits: Tensor) -> Tensor:
         return torch.le(torch.addcmul(norm, loss, zero), limits).logical_not()  # what is not finite, times 0, is NaN
+
+    if not nonfinite:
+        return only_spikes if spikes else None
+    return of_both if loss_is_limited else of_norm_and_nan if loss_counts else of_norm
+
+
+def judge_at_hand(loss_counts: bool, loss_is_limited: bool, spikes: bool, nonfinite: bool) -> JudgeAtHand | None:
+    """The same for numbers, whose limits are those of loss and norm in any case."""
+
+    def only_spikes(loss: float, norm: float, limits: Sequence[float]) -> bool:
+        return limits[1] < norm < math.inf or (loss_is_limited and limits[0] < loss < math.inf)
+
+    def of_both(loss: float, norm: float, limits: Sequence[float]) -> bool:
+        return not (norm <= limits[1] and loss <= limits[0])
+
+    def of_norm(loss: float, norm: float, limits: Sequence[float]) -> bool:
+        return not norm <= limits[1]
+
+    def of_norm_and_nan(loss: float, norm: float, limits: Sequence[float]) -> bool:
+        return not (norm <= limits[1] and math.isfinite(loss))
 
     if not nonfinite:
         return only_spikes if spikes else None

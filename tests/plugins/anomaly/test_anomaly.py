@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -16,8 +17,21 @@ from torch.utils.data import DataLoader
 
 from drivetrain import Callback, ConfigError, ModelError, Precision, Trainer, TrainingConfig, component, hook, make_component
 from drivetrain_anomaly import EVENTS_FILE, AnomalyCallback
+from drivetrain_anomaly.detect import judge_at_hand, judge_for
 
 STEPS = 24  # in one pass
+
+
+@pytest.fixture(autouse=True, params=["at hand", "on a device"])
+def judged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's numbers are judged by the host; those of a device must be judged there, to the same end."""
+    if request.param == "on a device":
+        as_on_a_device(monkeypatch)
+
+
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("drivetrain.loop", "drivetrain_anomaly.callback"):
+        monkeypatch.setattr(f"{module}.at_hand", lambda value: None)
 
 
 def net() -> nn.Module:
@@ -491,6 +505,7 @@ def test_too_many_rollbacks_end_the_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("policy", ["raise", "skip", "rollback"])
 def test_ordinary_steps_read_nothing_from_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: Any) -> None:
     """With a fused optimizer; the first step of all is the exception."""
+    as_on_a_device(monkeypatch)
     reads: list[int] = []
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)
@@ -505,6 +520,24 @@ def test_ordinary_steps_read_nothing_from_the_device(tmp_path: Path, monkeypatch
     run.train()
     assert {step for step in reads if step % 6} == set()
     assert {6, 12} <= set(reads), "the spy must see the reads of logging steps"
+
+
+@pytest.mark.parametrize("nonfinite", [True, False])
+@pytest.mark.parametrize("spikes", [True, False])
+@pytest.mark.parametrize("limited", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_the_host_judges_as_the_device_does(nonfinite: bool, spikes: bool, limited: bool, counts: bool) -> None:
+    chosen = {"loss_counts": counts, "loss_is_limited": limited, "spikes": spikes, "nonfinite": nonfinite}
+    there, here = judge_for(torch.device("cpu"), **chosen), judge_at_hand(**chosen)
+    assert (there is None) == (here is None) == (not nonfinite and not spikes)
+    if there is None or here is None:
+        return
+    limits = torch.tensor([2.0, 3.0])
+    values = [0.0, -1.0, 2.0, 3.0, 3.0000002, 100.0, math.nan, math.inf, -math.inf]
+    for loss, norm in itertools.product(values, values):
+        tensors = torch.tensor(loss), torch.tensor(norm)
+        told = bool(there(*tensors, limits if limited else limits[1]))
+        assert here(*(t.item() for t in tensors), limits.tolist()) == told, (loss, norm)
 
 
 def test_bad_input() -> None:
