@@ -133,7 +133,7 @@ def added(folder: Path, callbacks: list[Any], beside: list[Any], **options: Any)
         if "precision" in options:
             given["precision"] = ScaledPrecision(torch.device("cpu"), "a test", init_scale=1024.0)
         with pytest.MonkeyPatch.context() as patch:
-            for module in ("drivetrain.loop", "drivetrain_anomaly.callback"):  # a CPU's numbers are at hand, a device's are not
+            for module in ("drivetrain.loop", "drivetrain_anomaly.detect"):  # a CPU's numbers are at hand, a device's are not
                 patch.setattr(f"{module}.at_hand", lambda value: None)
             pairs.append(found_on_ordinary_steps(trainer(folder, 24, **given), 6, patch))
     (ordinary, logging), (alone, logging_alone) = pairs

@@ -11,8 +11,8 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, at_hand, component, hook, option, state
-from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, judge_at_hand, judge_for, norms_of, worst
+from drivetrain import Callback, component, hook, option, state
+from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, column, judge_at_hand, judge_for, known, norms_of, worst
 from drivetrain_anomaly.record import Anomaly, AnomalyError, append, samples_of
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class AnomalyCallback(Callback):
         state = self._outcomes()
         state["detector"] = None if self._detector is None else self._detector.state_dict()
         self._share_losses()
-        state["unread"] = [row._asdict() for row in self._unread]
+        state["unread"] = [_saved(row) for row in self._unread]
         if self._owes_a_rollback():
             state["snapshot"] = {"step": self._snapshot_step, "state": self._snapshot}
         return state
@@ -134,7 +134,12 @@ class AnomalyCallback(Callback):
         self._to_tell = [(kind, text, step) for kind, text, step in saved.get("to_tell", [])]
         device = self._detector.seen.device
         rows: list[Any] = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()} for row in saved["unread"]]
-        self._unread = [Unread(**row) for row in rows]
+        self._unread = [
+            Unread(
+                **{**row, "loss": known(row["loss"]), "norm": known(row["norm"]), "limits": [known(x) for x in row["limits"]]}
+            )
+            for row in rows
+        ]
         if saved["detector"] is not None:
             self._detector.load_state_dict(saved["detector"])
         self._set_guard()
@@ -157,8 +162,14 @@ class AnomalyCallback(Callback):
     def _share_losses(self) -> None:
         """Let the unread rows have the mean loss, for a state is rank 0's alone. A collective, on all ranks alike."""
         if self._unread and self._ctx is not None and self._ctx.strategy.world_size > 1 and not self._shares_loss:
-            losses = self._ctx.strategy.sum(torch.stack([row.loss for row in self._unread])) / self._ctx.strategy.world_size
-            self._unread = [row._replace(loss=loss) for row, loss in zip(self._unread, losses.unbind(), strict=True)]
+            losses = self._mean_losses(self._ctx, self._unread)
+            self._unread = [row._replace(loss=known(loss)) for row, loss in zip(self._unread, losses, strict=True)]
+
+    @staticmethod
+    def _mean_losses(ctx: CallbackContext, rows: list[Unread]) -> Tensor:
+        """Over all ranks, [rows]. A collective."""
+        shares = column([row.loss for row in rows]).to(ctx.device)
+        return ctx.strategy.sum(shares) / ctx.strategy.world_size
 
     # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -197,22 +208,21 @@ class AnomalyCallback(Callback):
         if norm is None:  # nothing else needed it
             norms = self._own_norms()
             norm = torch.linalg.vector_norm(norms)
-        names = None if norms is None or len(norms) == len(self._parameters) else self._names_with_gradient()
+        names = None if norms is None or norms.shape[0] == len(self._parameters) else self._names_with_gradient()
         if loss.dtype != torch.float32 or norm.dtype != torch.float32:
             loss, norm = loss.float(), norm.float()
         if self._shares_loss:
             loss = ctx.strategy.sum(loss) / ctx.strategy.world_size
+        its_loss, its_norm = known(loss), known(norm)
+        if self._judge is not None:
+            here = isinstance(its_norm, float)
+            ctx.veto = (
+                self._judge_at_hand(its_loss, its_norm, self._guard_at_hand) if here else self._judge(loss, norm, self._guard)
+            )
         step, detector = ctx.step + 1, self._detector
-        self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, loss, norm, norms, detector.limits))
-        known_loss, known_norm = at_hand(loss), at_hand(norm)
-        if known_loss is None or known_norm is None:
-            if self._judge is not None:
-                ctx.veto = self._judge(loss, norm, self._guard)
-            detector.fresh.append((loss if self._loss_counts else norm, norm))
-        else:
-            if self._judge is not None:
-                ctx.veto = self._judge_at_hand(known_loss, known_norm, self._guard_at_hand)
-            detector.fresh.append((known_loss if self._loss_counts else known_norm, known_norm))
+        limits = detector.known_limits
+        self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
+        detector.fresh += (its_loss if self._loss_counts else its_norm, its_norm)
         if step % self.renew_every == 0:
             detector.renew()
             self._set_guard()
@@ -280,8 +290,7 @@ class AnomalyCallback(Callback):
     def _set_guard(self) -> None:
         limits = self._detector.limits if self.spike != "ignore" else torch.full_like(self._detector.limits, NO_LIMIT)
         self._guard = limits if self.loss_factor is not None else limits[1]
-        if limits.is_cpu:
-            self._guard_at_hand = [at_hand(limit) for limit in limits]
+        self._guard_at_hand = self._detector.known_limits if self.spike != "ignore" else [NO_LIMIT, NO_LIMIT]
 
     def _own_norms(self) -> Tensor:
         grads = [p.grad for p in self._parameters if p.grad is not None]
@@ -294,9 +303,10 @@ class AnomalyCallback(Callback):
         """Of each unread step: loss, gradient norm and their limits, in one transfer. Waits for the device."""
         if not self._unread:
             return []
-        values = torch.stack([value for row in self._unread for value in (row.loss, row.norm)]).view(-1, 2)
-        limits = torch.stack([row.limits for row in self._unread])
-        return [tuple(row) for row in torch.cat((values, limits), dim=1).tolist()]
+        rows: list[Any] = [(row.loss, row.norm, *row.limits) for row in self._unread]
+        if isinstance(rows[0][0], float):
+            return rows
+        return [tuple(row) for row in column([value for row in rows for value in row]).view(-1, 4).tolist()]
 
     def _judged(self, numbers: tuple[float, float, float, float]) -> tuple[str, bool] | None:
         """What kind of anomaly a step was, and whether it is the loss that says so; None for a good one."""
@@ -318,8 +328,8 @@ class AnomalyCallback(Callback):
         """What was found since the last reading, in one transfer; all ranks together have the loss of all."""
         numbers, unread, self._unread = self._numbers(), self._unread, []
         if together and ctx.strategy.world_size > 1 and not self._shares_loss and self._is_suspicious(ctx, numbers):
-            losses = ctx.strategy.sum(torch.stack([row.loss for row in unread])) / ctx.strategy.world_size
-            numbers = [(loss, *rest) for loss, (_, *rest) in zip(losses.tolist(), numbers, strict=True)]
+            losses = self._mean_losses(ctx, unread).tolist()
+            numbers = [(loss, *rest) for loss, (_, *rest) in zip(losses, numbers, strict=True)]
         found = [(row, n, verdict) for row, n in zip(unread, numbers, strict=True) if (verdict := self._judged(n))]
         if together and self._sharded:  # each process has the norms of its parts, and all are to name the same gradient
             found = [(self._with_whole_norms(ctx, row), n, verdict) for row, n, verdict in found]
@@ -370,6 +380,12 @@ class AnomalyCallback(Callback):
         saved = _copied(self._snapshot)  # what takes it over may keep its tensors
         saved["components"][self.plugin_name] |= self._outcomes()
         ctx.go_back(saved)
+
+
+def _saved(row: Unread) -> dict[str, Any]:
+    """A row whose values are tensors, as every release has saved it."""
+    loss, norm = (column([value])[0] for value in (row.loss, row.norm))
+    return {**row._asdict(), "loss": loss, "norm": norm, "limits": column(row.limits)}
 
 
 def _samples(anomaly: Anomaly) -> str:

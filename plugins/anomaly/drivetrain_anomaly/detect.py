@@ -4,29 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from attrs import define, field
 from torch import Tensor
 
+from drivetrain import at_hand
+
 NO_LIMIT = 3.4e38  # below fp32's largest number: nothing finite passes it, while NaN and infinity are never under it
 
+Scalar = Tensor | float
 Judge = Callable[[Tensor, Tensor, Tensor], Tensor]
 JudgeAtHand = Callable[[float, float, Sequence[float]], bool]
 
 
+def known(value: Tensor) -> Scalar:
+    """A scalar's number if it is at hand, else itself."""
+    number = at_hand(value)
+    return value if number is None else number
+
+
+def column(values: Sequence[Scalar]) -> Tensor:
+    """Scalars of one kind as one tensor, float32 if they are numbers."""
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else torch.tensor(values)  # type: ignore[arg-type]
+
+
 class Unread(NamedTuple):
-    """A step that no logging step has read yet. What is on the device stays there until then."""
+    """A step that no logging step has read yet. What is on the device stays there until then; what is at hand is a number."""
 
     step: int
     epoch: int
     window: int
     names: list[str] | None  # of the gradients it had; None: all
-    loss: Tensor
-    norm: Tensor
+    loss: Scalar
+    norm: Scalar
     norms: Tensor | None  # of each gradient, or of this process's part of it
-    limits: Tensor  # of loss and norm at the time
+    limits: list[Scalar]  # of loss and norm at the time
 
 
 @define
@@ -42,7 +56,8 @@ class Detector:
         means: of both, float32 on the device.
         seen: good steps so far, a scalar on the device.
         limits: above which a value is a spike, float32 on the device; never changed in place.
-        fresh: loss and gradient norm of the steps since the last renewal: numbers on a CPU, elsewhere scalars on the device.
+        known_limits: the same two, as numbers if they are at hand.
+        fresh: loss and gradient norm of each step since the last renewal.
     """
 
     factors: Tensor
@@ -51,7 +66,14 @@ class Detector:
     means: Tensor
     seen: Tensor
     limits: Tensor
-    fresh: list[tuple[Tensor, Tensor] | tuple[float, float]] = field(factory=list)
+    fresh: list[Scalar] = field(factory=list)
+    known_limits: list[Scalar] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._set_limits(self.limits)
+
+    def _set_limits(self, limits: Tensor) -> None:
+        self.limits, self.known_limits = limits, [known(limit) for limit in limits]
 
     @classmethod
     def on(cls, device: torch.device, loss: float | None, norm: float | None, warmup: int, decay: float) -> Detector:
@@ -62,7 +84,7 @@ class Detector:
 
     def renew(self) -> None:
         """Take the fresh values into the means, and set the limits by them."""
-        values = self._fresh_values()
+        values = column(self.fresh).view(-1, 2)
         self.fresh = []
         good = (values <= self.limits).all(dim=1)
         count = self.seen + good.cumsum(0)
@@ -72,26 +94,19 @@ class Detector:
         added = (torch.where(good[:, None], values, 0.0) * (share * after)[:, None]).sum(0)
         self.means, self.seen = self.means * kept[0] + added, count[-1]
         warm = (self.seen >= self.warmup) & (self.means > 0)  # a loss may be negative: no limit then
-        self.limits = torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT)
-
-    def _fresh_values(self) -> Tensor:
-        """[steps, 2]."""
-        flat: list[Any] = [value for pair in self.fresh for value in pair]
-        on_device = bool(flat) and isinstance(flat[0], Tensor)
-        return (torch.stack(flat) if on_device else self.means.new_tensor(flat)).view(-1, 2)
+        self._set_limits(torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that the next judgements follow from."""
         state = {"means": self.means, "seen": self.seen, "limits": self.limits}
-        return state | {"fresh": self._fresh_values().flatten()}
+        return state | {"fresh": column(self.fresh) if self.fresh else self.means[:0]}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
         """Take back what `state_dict` gave; the tensors are copied."""
         device = self.seen.device
-        self.means, self.seen, self.limits = (saved[key].to(device, copy=True) for key in ("means", "seen", "limits"))
-        fresh = saved["fresh"].to(device, copy=True)
-        values: list[Any] = fresh.tolist() if device.type == "cpu" else list(fresh)
-        self.fresh = list(zip(values[::2], values[1::2], strict=True))
+        self.means, self.seen, limits = (saved[key].to(device, copy=True) for key in ("means", "seen", "limits"))
+        self._set_limits(limits)
+        self.fresh = [known(value) for value in saved["fresh"].to(device, copy=True)]
 
 
 def norms_of(grads: Sequence[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ def judged(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("drivetrain.loop", "drivetrain_anomaly.callback"):
+    for module in ("drivetrain.loop", "drivetrain_anomaly.detect"):
         monkeypatch.setattr(f"{module}.at_hand", lambda value: None)
 
 
