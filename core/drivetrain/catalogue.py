@@ -66,7 +66,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
         "drivetrain-ema": ("ema",),
         "drivetrain-anomaly": ("anomaly",),
         "drivetrain-audit": ("audit",),
-        "drivetrain-finders": ("lr_finder", "batch_size_finder"),
+        "drivetrain-finders": ("lr_finder", "batch_size_finder", "workers_finder"),
         "drivetrain-gc": ("gc",),
         "drivetrain-goodput": ("goodput",),
         "drivetrain-gradient-stats": ("gradient_stats",),

@@ -18,9 +18,22 @@ HOOK_MARK = "drivetrain_hook"
 def option(
     *, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None, help: str = "", validator: Any = None
 ) -> Any:
-    """One option of a component: a typed attrs field with a line of help. Without `default` or `factory` it must be given."""
+    """One option of a component: a typed attrs field with a line of help. Without `default` or `factory` it must be given.
+
+    `validator(component, field, value)` raises ValueError for a value that will not do; the error that people see names the option.
+    """
     chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
-    return attrs.field(**chosen, validator=validator, metadata={"help": help})
+    return attrs.field(**chosen, validator=validator and _naming(validator), metadata={"help": help})
+
+
+def _naming(validator: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+    def check(instance: Any, field: Any, value: Any) -> None:
+        try:
+            validator(instance, field, value)
+        except ValueError as error:
+            raise ConfigError([Problem(field.name, str(error))]) from None
+
+    return check
 
 
 def state(*, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None) -> Any:

@@ -208,23 +208,27 @@ class CallbackContext:
             raise PluginError(f"ctx.log: {taken} is what the engine itself logs; choose another name.")
         self._pending.update(values)
 
-    def rehearsal(self, batch_size: int | None = None) -> AbstractContextManager[Callable[[], Tensor]]:
+    def rehearsal(
+        self, batch_size: int | None = None, num_workers: int | None = None
+    ) -> AbstractContextManager[Callable[[], Tensor]]:
         """A context with a function that trains a step and returns its loss; afterwards everything is as it was, bit by bit.
 
         For finders, in `on_run_start`, on all ranks alike. No component hears of it. Memory for a copy of the state.
 
         Args:
             batch_size: samples of a microbatch, in place of the run's; those of a step stay the same.
+            num_workers: processes that fetch them, in place of the run's.
         """
-        return self.run.rehearsal(batch_size)
+        return self.run.rehearsal(batch_size, num_workers)
 
-    def resize(self, batch_size: int) -> None:
-        """Divide each step into microbatches of another size from now on; its samples stay the same. In `on_run_start`.
+    def resize(self, batch_size: int | None = None, num_workers: int | None = None) -> None:
+        """From now on divide each step into microbatches of another size, or fetch with as many workers; its samples stay the same. In
+        `on_run_start`.
 
         Raises:
             ConfigError: when the samples that a step has on this process are no multiple of it, or the data has ready batches.
         """
-        self.run.resize(batch_size)
+        self.run.resize(batch_size, num_workers)
 
     def show(self, kind: Literal["text", "histogram", "image"], name: str, value: Any) -> None:
         """Hand trackers something that is no number: a text, a tensor of values, an image; see `Tracker` for their forms.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -82,6 +82,7 @@ class Run:
         ctx.model = build(given.model, self.pm, ctx)
         ctx.precision = given.precision or self.pm.choose("make_precision", ctx) or Precision()
         self.transfer = None if self.devices.type == "cpu" else self.devices.to
+        self.num_workers = self.config.dataloader.num_workers
         self.source = self._train_source()
         self.eval_source = self._eval_source()
         ctx.eval_batches = 0 if self.eval_source is None else self.eval_source.steps_per_epoch
@@ -184,10 +185,12 @@ class Run:
         """A source for evaluation: in order, nothing left out, one microbatch at a time."""
         return self._source(data, self.config.per_device_eval_batch_size or self.config.per_device_batch_size, 1, "eval")
 
-    def _source(self, data: Any, batch_size: int, accumulation: int, which: str) -> Source:
+    def _source(self, data: Any, batch_size: int, accumulation: int, which: str, num_workers: int | None = None) -> Source:
         loader = copy.copy(self.config.dataloader)
         if which == "eval":
             loader.shuffle = loader.drop_last = False
+        else:
+            loader.num_workers = self.num_workers if num_workers is None else num_workers
         pin = self.devices.type == "cuda" if loader.pin_memory is None else loader.pin_memory
         collate = self.given.collator or self.pm.choose("make_collator", self.ctx)
         try:
@@ -230,21 +233,33 @@ class Run:
 
     # -- trying out --------------------------------------------------------------------------------------------------------
 
-    def rehearsal(self, batch_size: int | None = None) -> AbstractContextManager[Callable[[], Tensor]]:
+    @contextmanager
+    def rehearsal(self, batch_size: int | None = None, num_workers: int | None = None) -> Iterator[Callable[[], Tensor]]:
         """See `CallbackContext.rehearsal`."""
-        return rehearsal(self.ctx, self.loop, self.source if batch_size is None else self._resized(batch_size))
+        same = batch_size is None and num_workers is None
+        source = self.source if same else self._resized(batch_size, num_workers)
+        try:
+            with rehearsal(self.ctx, self.loop, source) as step:
+                yield step
+        finally:
+            if not same:
+                source.close()
 
-    def resize(self, batch_size: int) -> None:
+    def resize(self, batch_size: int | None = None, num_workers: int | None = None) -> None:
         """See `CallbackContext.resize`."""
+        source = self._resized(batch_size, num_workers)
+        if num_workers is not None:
+            self.num_workers = num_workers
         self.source.close()
-        self.source = self.loop.source = self._resized(batch_size)
+        self.source = self.loop.source = source
 
-    def _resized(self, batch_size: int) -> Source:
+    def _resized(self, batch_size: int | None, num_workers: int | None) -> Source:
+        size = batch_size or self.source.split.batch_size
         share = self.config.per_device_batch_size * _accumulation(self.config, self.ctx.strategy)
-        if isinstance(self.source, StreamSource) or share % batch_size:
-            why = "ready batches and streams keep their size" if share % batch_size == 0 else f"{share} is no multiple of it"
-            raise ConfigError([Problem("per_device_batch_size", f"cannot become {batch_size}: {why}")])
-        return self._source(self.train_data, batch_size, share // batch_size, "train")
+        if isinstance(self.source, StreamSource) or share % size:
+            why = "ready batches and streams are read as they are" if share % size == 0 else f"{share} is no multiple of it"
+            raise ConfigError([Problem("per_device_batch_size", f"cannot become {size}: {why}")])
+        return self._source(self.train_data, size, share // size, "train", num_workers)
 
     # -- periodic actions --------------------------------------------------------------------------------------------------
 

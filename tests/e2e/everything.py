@@ -25,6 +25,7 @@ CALLBACKS: dict[str, dict[str, Any]] = {  # in no step of a test are those due w
     "sample_text": {"every": "100000st", "length": 1},
     "batch_size_finder": {},
     "lr_finder": {"steps": 10},
+    "workers_finder": {"most": 0},
 }
 LEFT_OUT = {
     "audit": "for a run that is to be examined: it intercepts every reading",

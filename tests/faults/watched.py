@@ -45,6 +45,7 @@ GRID: dict[str, dict[str, Any]] = {
     "sample_text": {"every": "5st", "length": 4},
     "batch_size_finder": {},
     "lr_finder": {"steps": 10, "lowest": 1e-4, "apply": True},
+    "workers_finder": {"most": 1},
 }
 
 

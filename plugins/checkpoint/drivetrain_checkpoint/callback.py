@@ -49,12 +49,12 @@ _BEFORE_THE_STEP = (
 
 def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
     if value is not None and value < 1:
-        raise ValueError(f"{attribute.name} must be at least 1, or null to keep every checkpoint, got {value}")
+        raise ValueError(f"must be at least 1, or null to keep every checkpoint, got {value}")
 
 
 def _not_negative(instance: Any, attribute: Any, value: int) -> None:
     if value < 0:
-        raise ValueError(f"{attribute.name} must be at least 0, got {value}")
+        raise ValueError(f"must be at least 0, got {value}")
 
 
 @component

@@ -24,7 +24,7 @@ FOLDER = "hang"
 
 def _positive(instance: Any, attribute: Any, value: float) -> None:
     if value <= 0:
-        raise ValueError(f"{attribute.name} must be more than 0, got {value}")
+        raise ValueError(f"must be more than 0, got {value}")
 
 
 @component

@@ -102,7 +102,7 @@ def test_what_could_not_be_removed_a_moment_ago_is_removed_at_the_next_attempt(t
 def test_options_are_checked(trainer):
     with pytest.raises(ConfigError, match="on_error"):
         trainer(CheckpointCallback(on_error="ignore"))
-    with pytest.raises(ValueError, match="retries must be at least 0"):
+    with pytest.raises(ConfigError, match="retries: must be at least 0"):
         CheckpointCallback(retries=-1)
 
 

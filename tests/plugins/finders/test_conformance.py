@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from drivetrain_finders import BatchSizeFinderCallback, LrFinderCallback
+from drivetrain_finders import BatchSizeFinderCallback, LrFinderCallback, WorkersFinderCallback
 from drivetrain_testing import Check, conformance
 
 pytestmark = pytest.mark.slow  # its runs take long to begin and end
@@ -19,4 +19,9 @@ def test_conformance_of_the_batch_size_finder(check: Check) -> None:
 
 @conformance(LrFinderCallback(), processes=pytest.mark.slow)
 def test_conformance_of_the_learning_rate_finder(check: Check) -> None:
+    check()
+
+
+@conformance(WorkersFinderCallback(most=1), processes=pytest.mark.slow)
+def test_conformance_of_the_workers_finder(check: Check) -> None:
     check()

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, DrivetrainError, Precision, Trainer, TrainingConfig
+from drivetrain import Callback, ConfigError, DrivetrainError, Precision, Trainer, TrainingConfig
 from drivetrain_watchdog.callback import Watchdog
 from drivetrain_watchdog.command import Hang, report
 
@@ -139,7 +139,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ValueError, match="after must be more than 0"):
+    with pytest.raises(ConfigError, match="after: must be more than 0"):
         Watchdog(after=0)
 
 
