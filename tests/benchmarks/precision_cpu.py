@@ -1,6 +1,6 @@
 """bf16 autocast against fp32 on this machine: tokens per second in one interleaved run, and the loss where both end.
 
-    python tests/benchmarks/precision_cpu.py                          # the GPT of the quickstart, and a larger one
+    python tests/benchmarks/precision_cpu.py                          # the GPTs of the quickstart and of engines.py, and a larger one
     python tests/benchmarks/precision_cpu.py --model quickstart --json precision.json --document docs/benchmarks.md
     python tests/benchmarks/precision_cpu.py --widths                 # by the size of matrices: what `precision = "auto"` goes by
 
@@ -31,6 +31,7 @@ from drivetrain import Trainer, TrainingConfig
 PRECISIONS = ("fp32", "bf16")
 MODELS = {  # "quickstart" is that of docs/examples/quickstart.toml
     "quickstart": {"layers": 4, "width": 128, "context": 128, "batch": 8, "lr": 4e-3},
+    "small": {"layers": 4, "width": 256, "context": 128, "batch": 8, "lr": 2e-3},
     "larger": {"layers": 8, "width": 512, "context": 256, "batch": 8, "lr": 1e-3},
     "toy": {"layers": 1, "width": 32, "context": 16, "batch": 2, "lr": 1e-3},
 }
@@ -54,6 +55,7 @@ def trainer(precision: str, seed: int, given: argparse.Namespace) -> Trainer:
         eval_interval=None,
         log_interval=f"{given.steps}st",
         standard_callbacks=False,
+        callbacks=["gc"],  # which keeps memory from step to step, as in a run that is not told otherwise
     )
     return Trainer(None, config)
 
@@ -193,7 +195,7 @@ def _ratio(model: nn.Module, inputs: torch.Tensor, steps: int, turns: int) -> fl
 def main(arguments: list[str] | None = None) -> None:
     """Run, print, and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", action="append", choices=MODELS, help="by default quickstart and larger")
+    parser.add_argument("--model", action="append", choices=MODELS, help="by default quickstart, small and larger")
     for name in ("layers", "width", "context", "batch"):
         parser.add_argument(f"--{name}", type=int, help="in place of the model's")
     parser.add_argument("--steps", type=int, default=120)
@@ -208,7 +210,7 @@ def main(arguments: list[str] | None = None) -> None:
     if given.widths:
         print(by_width())
         return
-    for model in given.model or ("quickstart", "larger"):
+    for model in given.model or ("quickstart", "small", "larger"):
         changed = {key: value for key in MODELS[model] if (value := getattr(given, key)) is not None}
         found.append(measured(argparse.Namespace(**{**vars(given), **MODELS[model], **changed, "name": model})))
     print(table(found))
