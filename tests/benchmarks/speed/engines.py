@@ -2,10 +2,11 @@
 
     python tests/benchmarks/speed/engines.py [--toy] [--rounds 9] [--out FOLDER] [--engines NAME …]
 
-Each engine lives in a process of its own, which trains anew whenever its turn comes; a round is one turn of each, in a rotating order,
-so that whatever else the machine does hits all alike. The ratio of an engine is the median, over rounds, of its time per step
-divided by the tuned loop's in the same round. Three tables: the tiny MLP and the GPT with equal settings, in which everybody has fused
-AdamW, the same schedule, clipping and batches fetched whole; and the GPT as each engine comes, where only the hyperparameters are given.
+Each engine lives in a process of its own, and they take turns in a rotating order, so that whatever else the machine does hits all
+alike: the tiny MLP is trained anew in each turn, the GPT is trained on by a few steps. The ratio of an engine is the median, over turns,
+of its time per step divided by the tuned loop's in the same turn. Three tables: the tiny MLP and the GPT with equal settings, in which
+everybody has fused AdamW, the same schedule, clipping and batches fetched whole; and the GPT as each engine comes, where only the
+hyperparameters are given.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ PARTS: dict[str, tuple[str, Task, Task, list[str]]] = {
     ),
     "gpt": (
         "a small GPT (4 layers, width 256, 128 tokens × 8), fp32, equal settings",
-        Task(model="gpt", steps=36, warmup=6, batch=8),
-        Task(model="gpt", steps=8, warmup=2, batch=2, width=32, context=32),
+        Task(model="gpt", steps=47, warmup=6, turn=4, batch=8),
+        Task(model="gpt", steps=9, warmup=2, turn=2, batch=2, width=32, context=32),
         [name for name in ENGINES if name != "drivetrain, watched"],
     ),
     "gpt-defaults": (
         "the same GPT, each engine as it comes",
-        Task(model="gpt", best=False, steps=60, warmup=6, batch=8),
-        Task(model="gpt", best=False, steps=8, warmup=2, batch=2, width=32, context=32),
+        Task(model="gpt", best=False, steps=63, warmup=6, turn=4, batch=8),
+        Task(model="gpt", best=False, steps=9, warmup=2, turn=2, batch=2, width=32, context=32),
         [name for name in ENGINES if name != "drivetrain, watched"],
     ),
 }
@@ -58,16 +59,31 @@ class Engine:
         self.process = subprocess.Popen(command, env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self._read()["versions"]
 
-    def train(self, task: Task, **more: Any) -> dict[str, Any]:
-        """Train once."""
-        assert self.process.stdin is not None
+    def begin(self, task: Task, **more: Any) -> dict[str, Any]:
+        """Train: to the end, or to the end of the first turn."""
+        self.steps = None if more else task.steps
         settings = {key: value for key, value in asdict(task).items() if key != "folder"}
-        print(json.dumps(settings | more), file=self.process.stdin, flush=True)
+        return self._ask(json.dumps(settings | more))
+
+    def go_on(self) -> dict[str, Any]:
+        """The next turn: {"turn": seconds a step}, or what came of the training when it has ended."""
+        return self._ask("")
+
+    def train(self, task: Task, **more: Any) -> dict[str, Any]:
+        """Train once, to the end."""
+        result = self.begin(task, **more)
+        while "turn" in result:
+            result = self.go_on()
+        return result
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        print(line, file=self.process.stdin, flush=True)
         result = self._read()
         if "error" in result:
             raise RuntimeError(f"{self.name}: {result['error']}")
-        if not more and result["passes"] != task.steps:
-            raise RuntimeError(f"{self.name} trained {result['passes']} steps instead of {task.steps}")
+        if self.steps is not None and result.get("passes", self.steps) != self.steps:
+            raise RuntimeError(f"{self.name} trained {result['passes']} steps instead of {self.steps}")
         return result
 
     def _read(self) -> dict[str, Any]:
@@ -97,8 +113,8 @@ def measure(part: str, names: list[str], rounds: int, toy: bool) -> dict[str, An
         for engine in engines:  # the first training imports, compiles and fills caches
             engine.train(task)
         for turn in range(rounds):
-            for engine in engines[turn % len(engines) :] + engines[: turn % len(engines)]:
-                found[engine.name].append(engine.train(task))
+            for name, rows in one_round(engines, task, turn).items():
+                found[name] += rows
             print(f"{part}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
         calls = {e.name: e.train(task, count=True)["calls_per_step"] for e in engines} if task.model == "mlp" else {}
     finally:
@@ -107,6 +123,22 @@ def measure(part: str, names: list[str], rounds: int, toy: bool) -> dict[str, An
     rows = {name: summary(found[name], found[BASE], task) | {"calls_per_step": calls.get(name)} for name in names}
     versions = {key: value for engine in engines for key, value in engine.versions.items()}
     return {"part": part, "title": title, "rounds": rounds, "task": asdict(task), "versions": versions, "rows": rows}
+
+
+def one_round(engines: list[Engine], task: Task, first: int) -> dict[str, list[dict[str, Any]]]:
+    """One training of each engine; a row for each of its turns, with the loss where it ended."""
+    order = engines[first % len(engines) :] + engines[: first % len(engines)]
+    ended = {engine.name: engine.begin(task) for engine in order}
+    if not task.turn:
+        return {name: [row] for name, row in ended.items()}
+    turns: dict[str, list[float]] = {engine.name: [] for engine in order}
+    while any("turn" in result for result in ended.values()):
+        order = [*order[1:], order[0]]
+        for engine in order:
+            result = ended[engine.name] = engine.go_on()
+            if "turn" in result:
+                turns[engine.name].append(result["turn"])
+    return {name: [ended[name] | {"seconds_per_step": seconds} for seconds in taken] for name, taken in turns.items()}
 
 
 def summary(mine: list[dict[str, Any]], base: list[dict[str, Any]], task: Task) -> dict[str, Any]:

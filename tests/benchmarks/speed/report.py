@@ -49,7 +49,14 @@ def markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {name} | {speed} | {row['ratio']:.3f} | {low:.3f} – {high:.3f} | {last} |")
     where = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    said = f"{result['title']}; medians of {result['rounds']} interleaved rounds of {result['task']['steps']} steps. "
+    task = result["task"]
+    turns = (task["steps"] - 1 - task["warmup"]) // task["turn"] if task.get("turn") else 0
+    taken = (
+        f"{turns * result['rounds']} turns of {task['turn']} steps"
+        if turns
+        else f"{result['rounds']} rounds of {task['steps']} steps"
+    )
+    said = f"{result['title']}; medians of {taken}, side by side. "
     said += f"{where['processor']}, {where['cores']} cores, load {where['load']}; Python {where['python']}, {versions}."
     return "\n".join([*lines, "", said[0].upper() + said[1:], ""])
 

@@ -1,8 +1,8 @@
 """What every engine is given: the same model, data, optimizer and number of steps. Nothing here belongs to one of them.
 
 The model's own forward keeps the time, so that no engine needs a hook for it: the clock runs from the forward of step `warmup` to
-that of the last step, over whole steps. A GPT's steps on a CPU are long and alike, and the machine's other work hits some of them:
-there the time is that of the middle one.
+that of the last step, over whole steps. A GPT's steps on a CPU are long, and what else the machine does hits some of them: there the
+forward also hands over to the next engine after every few steps (`Task.turn`), and a turn's time is that of its middle step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -33,6 +33,7 @@ class Task:
         model: "mlp" (32-32-1), "gpt" (GPT-2's layout) or "llama" (RMSNorm, rotary positions, SwiGLU, 8 heads of keys and values).
         best: the engine's best documented settings, equal for all; else what it does by itself.
         steps: optimizer updates, of which the first `warmup` are not timed.
+        turn: steps after which the next engine has its turn; 0 for a whole training.
         folder: where an engine may write.
     """
 
@@ -40,6 +41,7 @@ class Task:
     best: bool = True
     steps: int = 1000
     warmup: int = 50
+    turn: int = 0
     batch: int = 32
     lr: float = 1e-3
     weight_decay: float = 0.01
@@ -61,18 +63,30 @@ class Task:
         return self.batch * (1 if self.model == "mlp" else self.context)
 
 
+def keep_on(seconds: float | None) -> None:
+    """Called when a turn is over, with the time of a step in it (None before the first): whoever has others waiting replaces it."""
+
+
+hand_over: Callable[[float | None], None] = keep_on
+
+
 class Timed(nn.Module):
     """A model that knows when its forwards began."""
 
     def __init__(self, task: Task) -> None:
         super().__init__()
-        self.begins, self.ends = task.warmup, task.steps - 1
-        self.each = task.model != "mlp" and task.device == "cpu"
+        self.begins, self.ends, self.turn = task.warmup, task.steps - 1, task.turn
         self.passes, self.times = 0, list[float]()
 
     def tick(self) -> None:
         """A training forward begins."""
-        if self.passes in (self.begins, self.ends) or (self.each and self.passes > self.begins):
+        since = self.passes - self.begins
+        if self.turn and since >= 0:
+            self.times.append(self._now())
+            if since % self.turn == 0:
+                hand_over(self.seconds_per_step if since else None)
+                self.times = [self._now()]
+        elif self.passes in (self.begins, self.ends):
             self.times.append(self._now())
         self.passes += 1
 
@@ -83,8 +97,8 @@ class Timed(nn.Module):
 
     @property
     def seconds_per_step(self) -> float:
-        """Between the first and the last timed forward; of a GPT on a CPU, between two in the middle."""
-        if self.each:
+        """Between the first and the last timed forward; in turns, of the newest turn's middle step."""
+        if self.turn:
             return statistics.median(after - before for before, after in pairwise(self.times))
         return (self.times[-1] - self.times[0]) / (self.ends - self.begins)
 

@@ -1,6 +1,8 @@
 """One engine in a process of its own, which trains whenever it is told to and says how long a step took.
 
 python worker.py ENGINE      reads tasks from its input, a line of JSON each, and answers each with one
+
+A task in turns is answered with {"turn": seconds a step} at the end of each, and waits for an empty line before it goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import task as tasks
 import torch
 from task import Task, Timed, build, held_out_loss
 
@@ -54,7 +57,12 @@ def answer(train: Callable[[Task], Timed], given: dict[str, Any]) -> dict[str, A
         shutil.rmtree(folder, ignore_errors=True)
         os.mkdir(folder)
     size = sum(p.numel() for p in model.parameters())
-    found = {"seconds_per_step": model.seconds_per_step, "seconds": whole, "loss": loss, "passes": model.passes}
+    found = {
+        "seconds_per_step": None if task.turn else model.seconds_per_step,
+        "seconds": whole,
+        "loss": loss,
+        "passes": model.passes,
+    }
     return found | {"parameters": size, "peak_bytes": peak}
 
 
@@ -76,7 +84,13 @@ def main() -> None:
         engine = importlib.import_module(module)
         versions = {name: importlib.metadata.version(name) for name in engine.DISTRIBUTIONS}
         print(json.dumps({"versions": versions}), file=out, flush=True)
-        for line in sys.stdin:
+
+        def hand_over(seconds: float | None) -> None:
+            print(json.dumps({"turn": seconds}), file=out, flush=True)
+            sys.stdin.readline()
+
+        tasks.hand_over = hand_over
+        while line := sys.stdin.readline():
             try:
                 result = answer(getattr(engine, function), json.loads(line))
             except Exception as error:
