@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from pathlib import Path
-
-import pytest
+from typing import Any
 
 
-def test_a_run_that_ends_with_other_weights_is_told_from_one_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).with_name("peers")))
-    faults = importlib.import_module("faults")
+def test_a_run_that_ends_with_other_weights_is_told_from_one_that_is_stuck(script: Any) -> None:
+    faults = script("peers/faults")
     kill = {"trials": 20, "killed": 40, "by_itself": 15, "equal": 17, "equal_by_itself": 12, "left_MB": 7}
     damage = {"trials": 8, "silent": 3, "error": 2, "anew": 1, "equal": 2}
     sigterm = {"trials": 4, "exit 0": 3, "exit -15": 1, "steps_lost": 2, "by_itself": 4, "equal": 1}

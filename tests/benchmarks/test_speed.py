@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import subprocess
 import sys
@@ -14,27 +13,17 @@ import pytest
 SPEED = Path(__file__).with_name("speed")
 
 
-@pytest.fixture
-def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SPEED))
-    kept = set(sys.modules)
-    yield lambda name: importlib.import_module(name)
-    for name in set(sys.modules) - kept:
-        if str(SPEED) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-def test_ratios_are_of_turns_side_by_side(speed: Any) -> None:
-    task = speed("task").Task(model="mlp", batch=10)
+def test_ratios_are_of_turns_side_by_side(script: Any) -> None:
+    task = script("speed/task").Task(model="mlp", batch=10)
     turns = lambda *seconds: [{"seconds_per_step": s, "loss": 1.0} for s in seconds]  # noqa: E731
-    found = speed("engines").summary(turns(2.0, 30.0, 4.0), turns(1.0, 10.0, 4.0), task)
+    found = script("speed/engines").summary(turns(2.0, 30.0, 4.0), turns(1.0, 10.0, 4.0), task)
     assert found["ratio"] == 2.0 and found["quartiles"] == [1.0, 3.0]
     assert found["us_per_step"] == 4e6 and found["per_second"] == 2.5
 
 
-def test_flops_are_counted_as_llm_c_does(speed: Any) -> None:
+def test_flops_are_counted_as_llm_c_does(script: Any) -> None:
     """GPT-2 124M with 1,024 tokens: 6 N + 12 L d T = 0.86 GFLOP for a token, N without the position table."""
-    gpu = speed("gpu")
+    gpu = script("speed/gpu")
     task = gpu.SHAPES["gpt2-124m"]
     tied = 124_475_904  # what llm.c counts, head and embedding being one matrix of 50,304 rows
     untied = tied + 50_304 * 768
