@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from drivetrain.devices import at_hand
 from drivetrain.errors import ModelError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Strategy:
         """Multiply all gradients by `factor` (None for 1), then clip their total 2-norm to `max_norm` (None for no limit).
 
         Both are one pass over the gradients. Returns the norm before clipping as a scalar on the device, or None when
-        `max_norm` is None. Nothing is read by the host. The formula is `torch.nn.utils.clip_grad_norm_`'s.
+        `max_norm` is None. Nothing is read from a device. The formula is `torch.nn.utils.clip_grad_norm_`'s.
         """
         grads = [p.grad for p in parameters if p.grad is not None]
         if not grads:
@@ -108,7 +109,8 @@ class Strategy:
         if factor is not None:
             norm = norm * factor
         scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(grads, scale if factor is None else scale * factor)
+        if factor is not None or at_hand(scale) != 1.0:
+            torch._foreach_mul_(grads, scale if factor is None else scale * factor)
         return norm
 
     def gather(self, value: T) -> list[T]:

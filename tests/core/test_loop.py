@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import cProfile
 import errno
+import math
 import pstats
 import re
 import signal
@@ -20,7 +21,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from drivetrain import Callback, CallbackContext, ConfigError, DataError, Loss, ModelError, Trainer, TrainingConfig
+from drivetrain import (
+    Callback,
+    CallbackContext,
+    ConfigError,
+    DataError,
+    Loss,
+    ModelError,
+    Strategy,
+    Trainer,
+    TrainingConfig,
+    at_hand,
+)
 from drivetrain.data import Split, make_source
 
 
@@ -160,6 +172,30 @@ def test_clipping_with_accumulated_weights_equals_clipping_the_big_batch() -> No
         Trainer(model, cfg, data, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)).train()
         results.append(weights(model))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit", [0.1, 1e3])
+@pytest.mark.parametrize("value", [0.5, math.nan, math.inf])
+@pytest.mark.parametrize("known", [True, False])
+def test_clipping_is_torchs_and_leaves_gradients_below_the_limit_alone_where_that_is_known(
+    limit: float, value: float, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def parameters() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, 2))]
+        made[0].grad, made[1].grad = torch.tensor([value, -0.0, 1e-40]), torch.full((2, 2), 0.25)
+        return made
+
+    if not known:
+        monkeypatch.setattr(at_hand, "__code__", (lambda value: None).__code__)
+    mine, raw = parameters(), parameters()
+    versions = [p.grad._version for p in mine if p.grad is not None]
+    norm = Strategy().clip(mine, limit, None)
+    expected = nn.utils.clip_grad_norm_(raw, limit)
+    torch.testing.assert_close(norm, expected, rtol=0, atol=0, equal_nan=True)
+    for one, other in zip(mine, raw, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+    written = [p.grad._version for p in mine if p.grad is not None] != versions
+    assert written == (not known or not float(expected) < limit)
 
 
 def test_a_window_without_any_target_leaves_the_weights_alone() -> None:
@@ -429,6 +465,7 @@ def test_events_without_listeners_never_reach_pluggy(monkeypatch: pytest.MonkeyP
 
 
 def test_ordinary_steps_read_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_hand, "__code__", (lambda value: None).__code__)  # a CPU's numbers are, a device's are not
     reads: list[int] = []
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "__index__"):
         original = getattr(torch.Tensor, name)
