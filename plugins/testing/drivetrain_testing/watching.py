@@ -54,12 +54,15 @@ def where() -> str:
 # What a run on the CPU is told that its device is: "cpu" without a number then means the host, as on a machine with a GPU.
 ACCELERATOR = torch.device("cpu", 0)
 _GET_DEVICE = torch.Tensor.device.__get__  # what reading `tensor.device` calls
+_IS_CPU = torch.Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
 
 class _Accelerator(TorchFunctionMode):
     """Tensors say that they are on `ACCELERATOR`."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function == _IS_CPU:
+            return False
         found = function(*args, **(kwargs or {}))
         return ACCELERATOR if isinstance(found, torch.device) and function == _GET_DEVICE and found.type == "cpu" else found
 
