@@ -149,7 +149,7 @@ GROUPS = {
     "Training": ["Trainer", "TrainOutput", "Step", "Loss", "Duration"],
     "Configuration": ["TrainingConfig", "TrainingMode", "load_training_config", "get_qlora_config", "get_pretraining_config"],
     "Writing plugins": [
-        "component", "option", "state", "hook", "Component", "Callback", "CallbackContext", "make_component", "is_installed",
+        "component", "option", "state", "hook", "Component", "Callback", "CallbackContext", "make_component", "is_installed", "at_hand",
         "OptimizerComponent", "ForeachOptimizer", "Precision", "Tracker", "SampleOrder", "repeated_blocks", "parameters_of",
     ],
     "Several processes": ["Strategy", "ProcessGroupStrategy", "GradientSynchronizer", "DeviceManager", "Peer"],

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from drivetrain.context import CallbackContext as CallbackContext
     from drivetrain.data import SampleOrder as SampleOrder
     from drivetrain.devices import DeviceManager as DeviceManager
-    from drivetrain.devices import at_hand as at_hand
     from drivetrain.distributed import ProcessGroupStrategy as ProcessGroupStrategy
     from drivetrain.duration import Duration as Duration
     from drivetrain.errors import ConfigError as ConfigError
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from drivetrain.presets import get_qlora_config as get_qlora_config
     from drivetrain.presets import parameters_of as parameters_of
     from drivetrain.registry import is_installed as is_installed
+    from drivetrain.scalars import at_hand as at_hand
     from drivetrain.strategy import Strategy as Strategy
     from drivetrain.synchronizer import GradientSynchronizer as GradientSynchronizer
     from drivetrain.tracking import Tracker as Tracker
@@ -60,7 +60,7 @@ _HOME = {
     "ConfigError": "errors",
     "DataError": "errors",
     "DeviceManager": "devices",
-    "at_hand": "devices",
+    "at_hand": "scalars",
     "DrivetrainError": "errors",
     "Duration": "duration",
     "ForeachOptimizer": "optim",

@@ -16,11 +16,6 @@ from drivetrain.registry import candidates, load
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
 
 
-def at_hand(value: Tensor) -> float | None:
-    """The value of a scalar that lies in the host's memory, where reading waits for nothing; None for one on a device."""
-    return value.item() if type(value) is Tensor and value.is_cpu else None
-
-
 class DeviceManager:
     """Choose a device and serve what depends on it.
 

@@ -25,12 +25,12 @@ from drivetrain.ahead import sent_ahead
 from drivetrain.calling import LossFunction, ModelCall, StepFunction
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
-from drivetrain.devices import at_hand
 from drivetrain.errors import DataError, ModelError, RunError
 from drivetrain.hooks import Events
 from drivetrain.loss import Loss, checked, samples_in, tokens_in
 from drivetrain.output import Step
 from drivetrain.rng import full_state, set_full_state
+from drivetrain.scalars import at_hand
 from drivetrain.shrinking import divided, is_out_of_memory, release
 
 _TINY = 1e-20  # keeps a step without any weight (every target masked) at zero gradient instead of 0/0

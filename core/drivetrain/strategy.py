@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from drivetrain.devices import at_hand
 from drivetrain.errors import ModelError
+from drivetrain.scalars import at_hand
 
 if TYPE_CHECKING:
     from drivetrain.peers import Peer

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from drivetrain import Callback, component, hook, option
-from drivetrain.cluster import detect
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -52,7 +51,7 @@ class WorkersFinderCallback(Callback):
         """Look for the number and use it."""
         if ctx.sample_order is None:
             return
-        counts = self._counts()
+        counts = self._counts(ctx)
         best, least = 0, self._seconds(ctx, 0) if counts else 0.0
         tried = [(0, least)]
         for count in counts:
@@ -67,10 +66,10 @@ class WorkersFinderCallback(Callback):
             times = ", ".join(f"{count}: {seconds * 1e3:.3g} ms" for count, seconds in tried)
             _said.warning("workers_finder: dataloader.num_workers = %d (a step with %s)", best, times)
 
-    def _counts(self) -> list[int]:
+    def _counts(self, ctx: CallbackContext) -> list[int]:
         if current_process().daemon:  # such as another program's worker, which may not start processes
             return []
-        most = _cores() if self.most is None else self.most
+        most = _cores(ctx) if self.most is None else self.most
         counts = [1]
         while counts[-1] * 2 <= most:
             counts.append(counts[-1] * 2)
@@ -94,7 +93,8 @@ def _several(step: Callable[[], Tensor], times: int) -> None:
     loss.item()
 
 
-def _cores() -> int:
+def _cores(ctx: CallbackContext) -> int:
     """Those of this machine that are this process's share."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // detect().local_world_size)
+    hosts = [peer.host for peer in ctx.strategy.peers]
+    return max(1, cores // max(1, hosts.count(hosts[ctx.strategy.rank]) if hosts else 1))

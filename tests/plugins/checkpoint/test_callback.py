@@ -652,7 +652,7 @@ def test_a_state_that_cannot_be_stored_is_found_before_training(tmp_path):
 
 
 def test_options_are_checked(tmp_path):
-    with pytest.raises(ConfigError, match=r"callbacks\[0\]\.checkpoint: keep_last must be at least 1"):
+    with pytest.raises(ConfigError, match=r"callbacks\[0\]\.checkpoint\.keep_last: must be at least 1"):
         make(tmp_path, callbacks=[{"use": "checkpoint", "keep_last": 0}])
     with pytest.raises(ConfigError, match=r"best_mode: expected one of 'min', 'max'"):
         make(tmp_path, callbacks=[{"use": "checkpoint", "best_mode": "least"}])
