@@ -27,7 +27,7 @@ def known(value: Tensor) -> Scalar:
 
 def column(values: Sequence[Scalar]) -> Tensor:
     """Scalars of one kind as one tensor, float32 if they are numbers."""
-    return torch.stack(list(values)) if isinstance(values[0], Tensor) else torch.tensor(values)  # type: ignore[arg-type]
+    return torch.stack(list(values)) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.float32)  # type: ignore[arg-type]
 
 
 class Unread(NamedTuple):
