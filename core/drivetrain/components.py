@@ -26,10 +26,12 @@ def option(
     return attrs.field(**chosen, validator=validator and _naming(validator), metadata={"help": help})
 
 
-def _naming(validator: Callable[[Any, Any, Any], None]) -> Callable[[Any, Any, Any], None]:
+def _naming(validator: Any) -> Callable[[Any, Any, Any], None]:
+    given = validator if callable(validator) else attrs.validators.and_(*validator)
+
     def check(instance: Any, field: Any, value: Any) -> None:
         try:
-            validator(instance, field, value)
+            given(instance, field, value)
         except ValueError as error:
             raise ConfigError([Problem(field.name, str(error))]) from None
 

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 
 from drivetrain import (
@@ -315,3 +316,14 @@ def test_config_never_names_a_callable(tmp_path: Path) -> None:
     for name in ("os.system", "os:system", "builtins.eval", "torch.hub.load", "subprocess:run"):
         with pytest.raises(ConfigError, match="no plugin named"):
             load_training_config(write(tmp_path, json.dumps({"optimizer": {"use": name}}), "run.json"))
+
+
+def test_an_option_may_have_several_validators_and_is_named_by_each() -> None:
+    @component
+    class Bounded(Callback):
+        count: int = option(default=1, validator=[attrs.validators.ge(1), attrs.validators.le(3)])
+
+    assert Bounded(count=3).count == 3
+    for count in (0, 4):
+        with pytest.raises(ConfigError, match="\n  count: "):
+            Bounded(count=count)
