@@ -132,14 +132,7 @@ class AnomalyCallback(Callback):
         saved, self._restored = self._restored, None
         self.left_out = [(epoch, window) for epoch, window in saved["left_out"]]
         self._to_tell = [(kind, text, step) for kind, text, step in saved.get("to_tell", [])]
-        device = self._detector.seen.device
-        rows: list[Any] = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in row.items()} for row in saved["unread"]]
-        self._unread = [
-            Unread(
-                **{**row, "loss": known(row["loss"]), "norm": known(row["norm"]), "limits": [known(x) for x in row["limits"]]}
-            )
-            for row in rows
-        ]
+        self._unread = [_taken_back(row, self._detector.seen.device) for row in saved["unread"]]
         if saved["detector"] is not None:
             self._detector.load_state_dict(saved["detector"])
         self._set_guard()
@@ -386,6 +379,13 @@ def _saved(row: Unread) -> dict[str, Any]:
     """A row whose values are tensors, as every release has saved it."""
     loss, norm = (column([value])[0] for value in (row.loss, row.norm))
     return {**row._asdict(), "loss": loss, "norm": norm, "limits": column(row.limits)}
+
+
+def _taken_back(saved: Mapping[str, Any], device: torch.device) -> Unread:
+    """What `_saved` gave, on the device."""
+    row: dict[str, Any] = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in saved.items()}
+    limits = [known(limit) for limit in row["limits"]]
+    return Unread(**row)._replace(loss=known(row["loss"]), norm=known(row["norm"]), limits=limits)
 
 
 def _samples(anomaly: Anomaly) -> str:
