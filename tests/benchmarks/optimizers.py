@@ -1,6 +1,6 @@
 """Steps to a target loss for each optimizer on a small GPT, and docs/optimizers.md, numbers and words.
 
-    python tests/benchmarks/optimizers.py                       # all that are installed; about an hour on two idle cores
+    python tests/benchmarks/optimizers.py                       # all that are installed; an hour and a half on two idle cores
     python tests/benchmarks/optimizers.py adamw lion --seeds 3
     python tests/benchmarks/optimizers.py --text                # write the page again from docs/optimizers.json, without training
 
@@ -70,7 +70,7 @@ class Setting(NamedTuple):
     width: int = 128
     context: int = 128
     batch: int = 8
-    lengths: tuple[int, ...] = (240, 360, 540)
+    lengths: tuple[int, ...] = (160, 240, 360, 540, 810)
     grid: tuple[float, ...] = (0.5, 1.0, 2.0)
     baseline_grid: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
     train_bytes: int = 4_000_000
