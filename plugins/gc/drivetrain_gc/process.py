@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
+import re
 import threading
+from collections.abc import Iterator
 
 # mallopt(3): two parameters, and the values that glibc's own adapting ends at (DEFAULT_MMAP_THRESHOLD_MAX, and twice that)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _ADAPTED_MMAP, _ADAPTED_TRIM = 32 << 20, 64 << 20
 _LARGEST, _NEVER = (1 << 31) - 1, -1
+_BLOCK = 1 << 30  # of address space at a time; below `_LARGEST`, so that it belongs to the heap
+_HUGE = 2 << 20  # bytes of a huge page; with another size there is only some of the heap's end left out
 
 
 class WhileAnyRuns:
@@ -59,7 +64,7 @@ class CollectorOff(WhileAnyRuns):
 
 
 class MemoryKept(WhileAnyRuns):
-    """glibc hands no freed memory back to the system.
+    """glibc hands no freed memory back to the system, and the heap may lie in huge pages, whose addresses the processor finds faster.
 
     A process that has once set its thresholds adapts them no more: in the end it gets those that adapting ends at.
     """
@@ -70,12 +75,42 @@ class MemoryKept(WhileAnyRuns):
             if not self._libc.mallopt(_MMAP_THRESHOLD, _LARGEST):  # older ones take no more than they adapt to
                 self._libc.mallopt(_MMAP_THRESHOLD, _ADAPTED_MMAP)
             self._libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                _use_huge_pages(self._libc)
 
     def _unmake(self) -> None:
         if self._libc is not None:
             self._libc.mallopt(_MMAP_THRESHOLD, _ADAPTED_MMAP)
             self._libc.mallopt(_TRIM_THRESHOLD, _ADAPTED_TRIM)
             self._libc.malloc_trim(0)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Let the system give the heap huge pages (madvise(2)), where it does so on request; also where the heap will grow.
+
+    What is not there yet cannot be asked for, so the heap gets addresses for a quarter of the machine's memory first. No memory
+    is taken until something is written there.
+    """
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    blocks = [libc.malloc(_BLOCK) for _ in range(max(1, memory // 4 // _BLOCK))]
+    for block in blocks:
+        libc.free(block)  # which takes NULL, of a limit that was reached, for nothing
+    for begin, end in _heaps():
+        begin = -(-begin // _HUGE) * _HUGE
+        libc.madvise(begin, max(0, end - begin) // _HUGE * _HUGE, mmap.MADV_HUGEPAGE)
+
+
+def _heaps() -> Iterator[tuple[int, int]]:
+    """First address of each part of the process's heap, and that after the last one."""
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+            for begin, end in re.findall(r"^(\w+)-(\w+) .*\[heap\]$", maps.read(), re.MULTILINE):
+                yield int(begin, 16), int(end, 16)
+    except OSError:
+        return
 
 
 def _glibc() -> ctypes.CDLL | None:

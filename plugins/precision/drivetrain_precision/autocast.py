@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from drivetrain import ConfigError, Precision, Problem
-from drivetrain_precision.attention import short_attention
+from drivetrain_precision.attention import Attention
+from drivetrain_precision.rms_norm import rms_norm
 
 
 class AutocastPrecision(Precision):
@@ -23,11 +25,25 @@ class AutocastPrecision(Precision):
     def __init__(self, name: str, dtype: torch.dtype, device: torch.device, reason: str) -> None:
         self.name, self.dtype, self.reason = name, dtype, reason
         self._context = torch.autocast(device.type, dtype)
-        self._attention = short_attention() if device.type == "cpu" else None
+        self._operations = faster_operations() if device.type == "cpu" else None
 
     def forward(self) -> torch.autocast:
         """The autocast context of forward and loss."""
         return self._context
+
+
+def faster_operations() -> torch.library.Library:
+    """Operations that torch is slow at under CPU autocast, computed in other ways as long as the returned object lives.
+
+    What they give keeps autocast's type, so that to the caller only rounding differs. They go in at torch's dispatcher, below
+    whatever a model calls: the models are other people's.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that torch's own rule is overridden: it is meant to be
+        library.impl("scaled_dot_product_attention", Attention(), "AutocastCPU")
+        library.impl("rms_norm", rms_norm, "AutocastCPU")
+    return library
 
 
 class ScaledPrecision(AutocastPrecision):

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,13 +122,17 @@ from torch import nn
 from drivetrain import Callback, Trainer, TrainingConfig
 from drivetrain_gc import GcCallback
 
-faults, resident = [], lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+faults, huge, resident = [], [0], lambda: int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
 ROWS = 20_000  # whose 41 MB of activations are above what glibc adapts its threshold to: without the plugin they are always handed back
 
 class Count(Callback):
     def on_step_end(self, ctx):
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        lines = iter(open("/proc/self/smaps"))
+        for line in lines:
+            if line.endswith("[heap]\\n"):
+                huge[0] = max(huge[0], int(next(line for line in lines if line.startswith("AnonHugePages")).split()[1]) >> 10)
 
 def train(callbacks):
     faults.clear()
@@ -140,12 +145,13 @@ def train(callbacks):
 
 options = eval(sys.argv[1])
 during = train([] if options is None else [GcCallback(**options)])
-print(during, resident() >> 20, train([]))
+print(during, resident() >> 20, huge[0], train([]))
 """
 
 
 def faults(options: dict[str, Any] | None, **environment: str) -> list[float]:
-    """Pages an ordinary step got anew from the system, MiB held after the run, and the pages of a later run without the plugin."""
+    """Pages an ordinary step got anew from the system, MiB held after the run, MiB of huge pages in the heap while it lasted, and the
+    pages of a later run without the plugin."""
     command = [sys.executable, "-W", "ignore", "-c", FAULTS, repr(options)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=True
@@ -159,6 +165,8 @@ def test_a_step_gets_no_memory_anew_and_free_memory_is_returned_in_the_end() -> 
     assert kept[0] < 20, "the next step has the last one's memory"
     assert plain[0] > 100 * max(kept[0], 1), "else nothing is tested here"
     assert kept[1] < plain[1] + 32, "what is free after a run is the system's"
+    if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():  # else all have them, or none
+        assert plain[2] == 0 and kept[2] >= 32, "the heap lies in huge pages"
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of Linux")

@@ -1,8 +1,9 @@
-"""Short attention under CPU autocast: against float64, and gone with the precision that brought it."""
+"""Short attention under CPU autocast: against float64 and torch's kernel, and gone with the precision that brought it."""
 
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import drivetrain_precision.attention
 from drivetrain import Precision
 from drivetrain_precision import Bf16, Fp16
 
+PLAIN: list[dict[str, Any]] = [{"is_causal": True}, {}, {"scale": 0.3, "is_causal": True}, {"scale": 1.0}]
 CASES: list[dict[str, Any]] = [
     {"is_causal": True},
     {},
@@ -58,11 +62,32 @@ def exact(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, list
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
-    return float((got.detach().double() - wanted.detach()).norm() / wanted.norm())
+    wanted = wanted.detach()
+    return float((got.detach().double() - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(params=[True, False], ids=["native", "not native"])
+def native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the CPU has instructions for bfloat16, as far as the plugin can tell: else it is float32 that is faster."""
+    monkeypatch.setattr(drivetrain_precision.attention, "bf16_support", lambda device: (request.param, ""))
+    return bool(request.param)
+
+
+def is_by_products(mixed: Tensor) -> bool:
+    """Whether the products have a part in the graph that leads here."""
+    found, waiting = set(), [mixed.grad_fn]
+    while waiting:
+        if (node := waiting.pop()) is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return any("Products" in node.name() for node in found)
 
 
 @pytest.mark.parametrize("options", CASES)
-def test_it_is_as_exact_as_its_result_can_be_and_never_less_so_than_autocast(options: dict[str, Any]) -> None:
+def test_in_float32_it_is_as_exact_as_its_result_can_be_and_never_less_so_than_autocast(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drivetrain_precision.attention, "bf16_support", lambda device: (False, ""))
     q, k, v = projected()
     plain, wanted = autocast(q, k, v, **options), exact(q, k, v, **options)
     precision = made()
@@ -73,6 +98,80 @@ def test_it_is_as_exact_as_its_result_can_be_and_never_less_so_than_autocast(opt
         assert got.dtype == torch.bfloat16
         assert distance(got, right) < 2**-7
         assert distance(got, right) < distance(theirs, right) * 1.1
+    del precision
+
+
+@pytest.mark.parametrize("spread", [1.0, 10.0])  # of the scores
+@pytest.mark.parametrize("options", PLAIN[:2])
+def test_as_products_it_is_as_exact_as_torch_s_kernel(native: bool, options: dict[str, Any], spread: float) -> None:
+    q, k, v = projected(time=64, size=32)
+    q, k = ((t.detach() * spread**0.5).bfloat16().requires_grad_() for t in (q, k))
+    plain, wanted = autocast(q, k, v, **options), exact(q, k, v, **options)
+    precision = made()
+    mine = autocast(q, k, v, **options)
+    assert is_by_products(mine[0]) == native
+    assert distance(mine[0], wanted[0]) < distance(plain[0], wanted[0]) * 1.5
+    for got, theirs, right in zip(mine[1], plain[1], wanted[1], strict=True):
+        assert got.dtype == torch.bfloat16
+        assert distance(got, right) < distance(theirs, right) * 2.2  # products on the way are rounded
+    rounded = (q @ k.mT * 32**-0.5).masked_fill(
+        torch.ones(64, 64, dtype=torch.bool).triu(1) & options.get("is_causal", False), -torch.inf
+    )
+    less = distance(rounded.softmax(-1) @ v, wanted[0])  # what scores in 16 bits would cost
+    assert less > distance(plain[0], wanted[0]) * 1.5
+    del precision
+
+
+@pytest.mark.parametrize("options", PLAIN)
+def test_lengths_and_sizes_that_differ(native: bool, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((2, 3, 5, 8), (2, 3, 9, 8), (2, 3, 9, 4))
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes)
+    precision = made()
+    mine, wanted = autocast(q, k, v, **options), exact(q, k, v, **options)
+    assert mine[0].shape == (2, 3, 5, 4)
+    assert is_by_products(mine[0]) == native
+    for got, right in zip((mine[0], *mine[1]), (wanted[0], *wanted[1]), strict=True):
+        assert got.shape == right.shape
+        assert distance(got, right) < 2**-6
+    del precision
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_second_derivatives(native: bool, plain: bool) -> None:
+    if not (native or plain):
+        pytest.skip("torch's kernel has none")
+    q, k, v = projected()
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+
+    def second(mixed: Tensor, inputs: list[Tensor]) -> Tensor:
+        firsts = torch.autograd.grad(mixed.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(first.square().sum() for first in firsts), inputs[0])[0]
+
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = second(F.scaled_dot_product_attention(*wide, is_causal=True), wide)
+    precision = made()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        sdpa_kernel(SDPBackend.MATH) if plain else nullcontext(),
+    ):
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    assert is_by_products(mixed) != plain  # whoever asks for plain operations gets them
+    assert distance(second(mixed.float(), [q, k, v]), wanted) < 2**-5
+    del precision
+
+
+def test_functions_of_torch_func(native: bool) -> None:
+    q, k, v = (t.detach() for t in projected())
+    precision = made()
+
+    def total(q: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).float().square().sum()
+
+    q.requires_grad_()
+    (wanted,) = torch.autograd.grad(total(q), q)
+    assert distance(torch.func.grad(total)(q.detach()), wanted) < 2**-6
     del precision
 
 
