@@ -41,7 +41,8 @@ def _naming(validator: Any) -> Callable[[Any, Any, Any], None]:
 def state(*, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None) -> Any:
     """One piece of a component's own state: not an option, saved in every checkpoint and restored from it."""
     chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
-    return attrs.field(init=False, repr=False, metadata={"state": True}, **chosen)
+    # written in steps, and no option: nothing checks what is written
+    return attrs.field(init=False, repr=False, metadata={"state": True}, on_setattr=attrs.setters.NO_OP, **chosen)
 
 
 @dataclass_transform(kw_only_default=True, eq_default=False, field_specifiers=(option, state, attrs.field))

@@ -303,7 +303,9 @@ def direct_fetch(data: Any) -> Callable[[torch.Tensor], Any] | None:
     if type(data) is not TensorDataset:
         return None
     tensors = data.tensors
-    return lambda indices: tuple(tensor[indices] for tensor in tensors)
+    return lambda indices: tuple(
+        tensor.index_select(0, indices) for tensor in tensors
+    )  # copies rows; `tensor[indices]`, numbers
 
 
 def _collate_of(data: Any) -> Collate | None:

@@ -1,6 +1,6 @@
-"""What the built-in callbacks add to a step of about a millisecond: `python -m tests.benchmarks.callbacks [--rounds 100]`, from the root.
+"""What the built-in callbacks add to a step of about a millisecond: `python -m tests.benchmarks.callbacks [--rounds 40]`, from the root.
 
-A raw loop, the engine alone, the engine with all built-in callbacks, and with each of them alone (`--each`) train in turns, a few steps at
+A raw loop, the engine alone, the engine with all built-in callbacks, and with each of them alone (`--each`) train in turns, some steps at
 a time, each in a process that waits while it is not its turn: whatever else the machine does hits all alike. A round is one
 turn of each. The table has the median over the rounds of a step's time, its ratio to the raw loop's of the same round, and what the
 callbacks add to the engine alone, in percent of the raw loop's step. The steps are ordinary ones; with `--logging` every tenth one logs, as
@@ -25,18 +25,18 @@ from typing import Any
 
 import torch
 from tests.e2e.everything import CALLBACKS, Net
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from drivetrain import Callback, CallbackContext, Trainer, TrainingConfig, component, hook
 
-ROWS, DEPTH = 4096, 3
+BATCHES, DEPTH = 64, 3
 
 
-def data(batch: int) -> list[Any]:
-    """Whole batches as samples, so that no time goes into putting them together."""
+def data(batch: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of 64 batches."""
     generator = torch.Generator().manual_seed(1)
-    rows = [(torch.randn(batch, 4, generator=generator), torch.randn(batch, 1, generator=generator)) for _ in range(64)]
-    return rows * (ROWS // 64)
+    return torch.randn(BATCHES * batch, 4, generator=generator), torch.randn(BATCHES * batch, 1, generator=generator)
 
 
 def model(width: int) -> Net:
@@ -81,8 +81,9 @@ def raw(width: int, batch: int, baton: Baton, fused: bool) -> None:
     net, loss = model(width), nn.MSELoss()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused, foreach=not fused)
     parameters = list(net.parameters())
+    batches = list(zip(*(tensor.split(batch) for tensor in data(batch)), strict=True))
     while True:
-        for inputs, targets in data(batch):
+        for inputs, targets in batches:
             if not baton.step():
                 return
             loss(net(inputs), targets).backward()
@@ -97,7 +98,7 @@ def engine(width: int, batch: int, baton: Baton, fused: bool, folder: Path, call
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused, foreach=not fused)
     config = TrainingConfig(
         max_duration="1000000st",
-        per_device_batch_size=1,
+        per_device_batch_size=batch,
         log_interval=log_interval,
         eval_interval=False,
         output_dir=folder,
@@ -107,15 +108,8 @@ def engine(width: int, batch: int, baton: Baton, fused: bool, folder: Path, call
         precision="fp32",  # as the raw loop's
     )
     turns = Turns(baton=baton)
-    Trainer(
-        net,
-        config,
-        data(batch),
-        loss=nn.MSELoss(),
-        optimizer=optimizer,
-        callbacks=[turns],
-        data_collator=lambda samples: samples[0],
-    ).train()
+    given = TensorDataset(*data(batch))
+    Trainer(net, config, given, loss=nn.MSELoss(), optimizer=optimizer, callbacks=[turns]).train()
 
 
 def work(name: str, given: argparse.Namespace, folder: Path, parent: Connection) -> None:
@@ -180,10 +174,10 @@ def _compared(found: dict[str, list[float]], name: str, quietest: bool) -> tuple
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure what callbacks add to a step")
-    parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=200, help="of a turn: the first ones of it find nothing in the caches")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=70)
     parser.add_argument("--each", action="store_true", help="each callback alone as well")
     parser.add_argument(
         "--cpu", action="store_true", help="processor time of the process, for a machine that is busy with other things"

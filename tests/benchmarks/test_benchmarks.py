@@ -49,7 +49,7 @@ def test_a_difference_counts_from_the_rules_number_of_standard_errors_on() -> No
     near, far = 1.0 - 0.025, 1.0 - 0.0253
     rows = [row("adamw", 0.99, 1.0, 1.01), row("near", near - 0.01, near, near + 0.01), row("far", far - 0.01, far, far + 0.01)]
     rows.append(row("bad", 1.1, 1.11, 1.12))
-    lines = list(optimizers.table(rows, optimizers.Setting()))
+    lines = list(optimizers.table(rows, optimizers.Setting(lengths=(240, 360, 540))))
     verdicts = [line.split("|")[7].strip() for line in lines[2:6]]
     assert verdicts == ["the baseline", "no difference", "better", "worse"]
     assert lines[2].split("|")[3:5] == [" 360 ", " 1.00 "]
@@ -66,7 +66,7 @@ def test_ratios_of_steps_are_judged_by_the_same_rule() -> None:
 
     rows = [made("adamw", 350, 360, 370), made("near", 340, 350, 360), made("fewer", 290, 300, 310)]
     rows += [made("more", 440, 450, 460), made("beyond", 500, 530, 560)]
-    found = optimizers.Comparison(rows, optimizers.Setting())
+    found = optimizers.Comparison(rows, optimizers.Setting(lengths=(240, 360, 540)))
     assert found.target == pytest.approx(1.0, abs=1e-3)
     assert [found.step_verdict(row) for row in rows] == ["the baseline", "no difference", "fewer", "more", "beyond the lengths"]
     assert found.ratio(rows[2]) == pytest.approx(300 / 360, rel=1e-3)

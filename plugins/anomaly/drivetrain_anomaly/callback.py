@@ -91,6 +91,7 @@ class AnomalyCallback(Callback):
     _names: list[str] = attrs.field(factory=list, init=False, repr=False)
     _sharded: bool = attrs.field(default=False, init=False, repr=False)
     _scaled: bool = attrs.field(default=False, init=False, repr=False)
+    _alone: bool = attrs.field(default=False, init=False, repr=False)
     _shares_loss: bool = attrs.field(default=False, init=False, repr=False)
     _loss_counts: bool = attrs.field(
         default=True, init=False, repr=False
@@ -171,6 +172,7 @@ class AnomalyCallback(Callback):
         names = {id(p): name for name, p in ctx.model.named_parameters()}
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
+        self._alone = ctx.strategy.world_size == 1
         self._ctx, self._scaled = ctx, ctx.precision.scales and ctx.precision.dtype == torch.float16
         self._shares_loss = ctx.strategy.world_size > 1 and self.loss_factor is not None
         self._sharded = any(hasattr(p, "to_local") for p in self._parameters)
@@ -201,20 +203,21 @@ class AnomalyCallback(Callback):
         if norm is None:  # nothing else needed it
             norms = self._own_norms()
             norm = torch.linalg.vector_norm(norms)
-        names = None if norms is None or norms.shape[0] == len(self._parameters) else self._names_with_gradient()
-        if loss.dtype != torch.float32 or norm.dtype != torch.float32:
-            loss, norm = loss.float(), norm.float()
         if self._shares_loss:
-            loss = ctx.strategy.sum(loss) / ctx.strategy.world_size
+            loss = ctx.strategy.sum(loss.float()) / ctx.strategy.world_size
         its_loss, its_norm = known(loss), known(norm)
-        if self._judge is not None:
-            here = isinstance(its_norm, float)
-            ctx.veto = (
-                self._judge_at_hand(its_loss, its_norm, self._guard_at_hand) if here else self._judge(loss, norm, self._guard)
-            )
+        here = isinstance(its_loss, float) and isinstance(its_norm, float)
+        if not here:
+            its_loss, its_norm = loss.float(), norm.float()
+        if self._judge is not None and not here:
+            ctx.veto = self._judge(its_loss, its_norm, self._guard)
+        elif self._judge is not None and self._judge_at_hand(its_loss, its_norm, self._guard_at_hand):
+            ctx.veto = True
         step, detector = ctx.step + 1, self._detector
         limits = detector.known_limits
-        self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
+        if not (here and self._alone) or self._may_tell((its_loss, its_norm, *limits)):
+            names = None if norms is None or norms.shape[0] == len(self._parameters) else self._names_with_gradient()
+            self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
         detector.fresh += (its_loss if self._loss_counts else its_norm, its_norm)
         if step % self.renew_every == 0:
             detector.renew()
@@ -312,10 +315,13 @@ class AnomalyCallback(Callback):
             return "spike", False
         return ("spike", True) if self.loss_factor is not None and loss > loss_limit else None
 
+    def _may_tell(self, numbers: tuple[float, float, float, float]) -> bool:
+        """Whether a step may have been an anomaly, as far as this process knows."""
+        return self._judged(numbers) is not None or not math.isfinite(numbers[1])
+
     def _worth_keeping(self) -> list[Unread]:
         """The rows that may tell of something; waits for the device, once in a thousand steps without a log."""
-        numbers = self._numbers()
-        return [row for row, n in zip(self._unread, numbers, strict=True) if self._judged(n) or not math.isfinite(n[1])]
+        return [row for row, numbers in zip(self._unread, self._numbers(), strict=True) if self._may_tell(numbers)]
 
     def _read(self, ctx: CallbackContext, together: bool) -> list[Anomaly]:
         """What was found since the last reading, in one transfer; all ranks together have the loss of all."""

@@ -84,8 +84,27 @@ class Detector:
 
     def renew(self) -> None:
         """Take the fresh values into the means, and set the limits by them."""
-        values = column(self.fresh).view(-1, 2)
-        self.fresh = []
+        fresh, self.fresh = self.fresh, []
+        if isinstance(fresh[0], float):
+            self._follow(fresh[::2], fresh[1::2])
+        else:
+            self._follow_on_device(column(fresh).view(-1, 2))
+        warm = (self.seen >= self.warmup) & (self.means > 0)  # a loss may be negative: no limit then
+        self._set_limits(torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT))
+
+    def _follow(self, losses: Sequence[Scalar], norms: Sequence[Scalar]) -> None:
+        seen, (loss_mean, norm_mean) = self.seen.item(), self.means.tolist()
+        most_loss, most_norm = self.known_limits
+        for loss, norm in zip(losses, norms, strict=True):
+            if loss <= most_loss and norm <= most_norm:
+                seen += 1
+                share = max(1 / seen, 1 - self.decay)
+                loss_mean += share * (loss - loss_mean)
+                norm_mean += share * (norm - norm_mean)
+        self.means, self.seen = torch.tensor([loss_mean, norm_mean]), torch.tensor(float(seen))
+
+    def _follow_on_device(self, values: Tensor) -> None:
+        """The same without a loop."""
         good = (values <= self.limits).all(dim=1)
         count = self.seen + good.cumsum(0)
         share = good * torch.clamp(1 / count.clamp(min=1), min=1 - self.decay)
@@ -93,8 +112,6 @@ class Detector:
         after = torch.cat((kept[1:], kept.new_ones(1)))
         added = (torch.where(good[:, None], values, 0.0) * (share * after)[:, None]).sum(0)
         self.means, self.seen = self.means * kept[0] + added, count[-1]
-        warm = (self.seen >= self.warmup) & (self.means > 0)  # a loss may be negative: no limit then
-        self._set_limits(torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that the next judgements follow from."""

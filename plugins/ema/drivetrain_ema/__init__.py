@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EmaCallback"]
 
+_PLAIN_SGD: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
+
 
 def _decay(instance: Any, attribute: Any, value: float) -> None:
     if not 0 <= value < 1:
@@ -175,6 +177,7 @@ class _Values:
         self.names, self.sources, self.copies = list(sources), list(sources.values()), copies
         self._local = [_local(copy) for copy in copies]
         self._sharded = any(hasattr(copy, "to_local") for copy in copies)
+        self._fits_fused = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (*self._local, *self.sources))
         self._widened = any(copy.dtype != source.dtype for copy, source in zip(copies, self.sources, strict=True))
 
     @classmethod
@@ -198,7 +201,12 @@ class _Values:
         with torch.no_grad():
             if self._widened:
                 now = [source.to(copy.dtype) for source, copy in zip(now, self._local, strict=True)]
-            torch._foreach_lerp_(self._local, now, share)
+            if self._fits_fused:
+                # one call for all tensors of a CPU: the step of SGD with the averages as weights, rate −share and weight decay −1,
+                # average + share·(weights − average), which rounds as lerp does
+                torch._fused_sgd_(self._local, now, [], lr=-share, weight_decay=-1.0, **_PLAIN_SGD)
+            else:
+                torch._foreach_lerp_(self._local, now, share)
 
     @torch.no_grad()
     def write_to_model(self) -> None:

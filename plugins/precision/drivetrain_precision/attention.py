@@ -43,7 +43,7 @@ class Attention:
         plain = attn_mask is None and not dropout_p and not enable_gqa and not hasattr(query, "to_local")  # no DTensor
         with torch.autocast("cpu", enabled=False):  # what torch's own rule does: cast, then call the operation without itself
             if plain and wanted == torch.bfloat16 and self._bf16_is_native and _suits_products(query, key, value):
-                return _by_products(*(tensor.to(wanted) for tensor in (query, key, value)), is_causal, scale)
+                return _by_products(query.to(wanted), key.to(wanted), value.to(wanted), is_causal, scale)
             computed = torch.float32 if key.shape[-2] * key.shape[-1] <= _SHORT else wanted
             query, key, value = (_cast(tensor, computed) for tensor in (query, key, value))
             mask = None if attn_mask is None else _cast(attn_mask, computed)
@@ -62,6 +62,7 @@ def _suits_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.dim() == key.dim() == 4
         and query.shape[:2] == key.shape[:2]
+        and key.shape[:3] == value.shape[:3]
         and key.shape[-2] <= _FEW
         and torch.float64 not in (query.dtype, key.dtype, value.dtype)
         and torch.backends.cuda.flash_sdp_enabled()  # one switch for all devices
@@ -72,8 +73,9 @@ def _suits_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
 def _by_products(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float | None) -> Tensor:
     """Attention [batch, heads, queries, size of a value] of bfloat16 [batch, heads, length, size]."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mixed: Tensor = _Products.apply(*(tensor.flatten(0, 1) for tensor in (query, key, value)), is_causal, scale)
-    return mixed.unflatten(0, query.shape[:2])
+    heads = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    mixed: Tensor = _Products.apply(*heads, is_causal, scale).unflatten(0, query.shape[:2])  # type: ignore[no-untyped-call]
+    return mixed
 
 
 class _Products(torch.autograd.Function):
@@ -95,7 +97,8 @@ class _Products(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate once more
-            mixed = _weights(q, k, ctx.is_causal, ctx.scale) @ v
+            with torch.autocast("cpu", enabled=False):
+                mixed = _weights(q, k, ctx.is_causal, ctx.scale) @ v
             return *torch.autograd.grad(mixed, (q, k, v), grad, create_graph=True, materialize_grads=True), None, None
         zero = q.new_zeros(())
         of_scores = torch.ops.aten._softmax_backward_data(grad @ v.mT, weights, -1, weights.dtype)

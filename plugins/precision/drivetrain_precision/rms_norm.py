@@ -13,7 +13,7 @@ def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | No
     """`F.rms_norm` as autocast computes it, in the input's type; with fewer operations where input and weight are float32."""
     if len(normalized_shape) == 1 and weight is not None and _is_plain(input) and _is_plain(weight):
         eps = torch.finfo(input.dtype).eps if eps is None else eps
-        result: Tensor = _RmsNorm.apply(input, weight, eps)
+        result: Tensor = _RmsNorm.apply(input, weight, eps)  # type: ignore[no-untyped-call]
         return result
     plain: Tensor = torch.ops.aten.rms_norm.default.decompose(input, normalized_shape, weight, eps)
     return plain
@@ -34,11 +34,12 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        squares: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
         scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.eps = eps
-        return (x * scale).mul_(weight)
+        result: Tensor = (x * scale).mul_(weight)
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -46,7 +47,7 @@ class _RmsNorm(torch.autograd.Function):
         size = x.shape[-1]
         if torch.is_grad_enabled():  # somebody wants to differentiate once more
             result = torch.ops.aten.rms_norm.default.decompose(x, [size], weight, ctx.eps)
-            wanted = [tensor for tensor, wants in zip((x, weight), ctx.needs_input_grad) if wants]
+            wanted = [tensor for tensor, wants in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if wants]
             found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
             return *(next(found) if wants else None for wants in ctx.needs_input_grad[:2]), None
         wants = [*ctx.needs_input_grad[:2], False]
@@ -54,5 +55,5 @@ class _RmsNorm(torch.autograd.Function):
             grad, x, [size], torch.zeros_like(scale), scale, weight, None, wants
         )
         if of_x is not None:
-            of_x.add_((grad @ weight).unsqueeze(-1).mul_(scale).div_(size))
+            of_x.add_(torch.mv(grad.reshape(-1, size), weight).view_as(scale).mul_(scale).div_(size))
         return of_x, of_weight, None
