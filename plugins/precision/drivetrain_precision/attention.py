@@ -88,7 +88,8 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float) -> Tensor:
-        weights = _weights(q, k, is_causal, scale)
+        scores = _scores(q, k, is_causal, scale)
+        weights = torch.softmax(scores, -1, out=scores).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights)
         ctx.is_causal, ctx.scale = is_causal, scale
         return weights @ v
@@ -98,7 +99,7 @@ class _Products(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # somebody wants to differentiate once more
             with torch.autocast("cpu", enabled=False):
-                mixed = _weights(q, k, ctx.is_causal, ctx.scale) @ v
+                mixed = _scores(q, k, ctx.is_causal, ctx.scale).softmax(-1).to(q.dtype) @ v
             return *torch.autograd.grad(mixed, (q, k, v), grad, create_graph=True, materialize_grads=True), None, None
         zero = q.new_zeros(())
         of_scores = torch.ops.aten._softmax_backward_data(grad @ v.mT, weights, -1, weights.dtype)
@@ -107,6 +108,7 @@ class _Products(torch.autograd.Function):
         return of_q, of_k, weights.mT @ grad, None, None
 
 
-def _weights(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
+def _scores(q: Tensor, k: Tensor, is_causal: bool, scale: float) -> Tensor:
+    """scale · q kᵀ, and −∞ where a query is not to see a key, in float32."""
     bias = torch.full((q.shape[1], k.shape[1]), -torch.inf).triu(1) if is_causal else torch.zeros(())
-    return torch.baddbmm(bias, q.float(), k.float().mT, alpha=scale).softmax(-1).to(q.dtype)
+    return torch.baddbmm(bias, q.float(), k.float().mT, alpha=scale)
