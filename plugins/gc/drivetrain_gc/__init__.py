@@ -24,13 +24,14 @@ class GcCallback(Callback):
 
     A step on a CPU frees what it computed, and C's allocator hands large blocks back to the system, which gives the next step fresh
     pages, each filled with zeros at its first use: a tenth of a small GPT's step in bf16. Meanwhile glibc keeps them (mallopt(3)), as torch
-    does for a GPU; other allocators, and one that the environment sets up (`MALLOC_…`, `GLIBC_TUNABLES`), are left as they are.
+    does for a GPU, and may have huge pages for them (madvise(2)); other allocators, and one that the environment sets up
+    (`MALLOC_…`, `GLIBC_TUNABLES`), are left as they are.
 
     When the last run of the process that asked for this ends, the collector is as it was and free memory is returned.
     """
 
     full_every: int = option(default=20, help="each so many collections look at old objects too, not just at new ones")
-    keep_memory: bool = option(default=True, help="on a CPU, keep what a step frees for the next one")
+    keep_memory: bool = option(default=True, help="on a CPU, keep what a step frees for the next one, in huge pages")
 
     def __attrs_post_init__(self) -> None:
         self._collections = 0
