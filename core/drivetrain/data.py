@@ -303,9 +303,8 @@ def direct_fetch(data: Any) -> Callable[[torch.Tensor], Any] | None:
     if type(data) is not TensorDataset:
         return None
     tensors = data.tensors
-    return lambda indices: tuple(
-        tensor.index_select(0, indices) for tensor in tensors
-    )  # copies rows; `tensor[indices]`, numbers
+    # copies rows, where `tensor[indices]` copies numbers: a fifth of the time for 256 images of 32 × 32
+    return lambda indices: tuple(tensor.index_select(0, indices) for tensor in tensors)
 
 
 def _collate_of(data: Any) -> Collate | None:

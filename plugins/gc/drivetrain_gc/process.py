@@ -9,6 +9,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 # mallopt(3): two parameters, and the values that glibc's own adapting ends at (DEFAULT_MMAP_THRESHOLD_MAX, and twice that)
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -75,7 +76,7 @@ class MemoryKept(WhileAnyRuns):
             if not self._libc.mallopt(_MMAP_THRESHOLD, _LARGEST):  # older ones take no more than they adapt to
                 self._libc.mallopt(_MMAP_THRESHOLD, _ADAPTED_MMAP)
             self._libc.mallopt(_TRIM_THRESHOLD, _NEVER)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
+            if hasattr(mmap, "MADV_HUGEPAGE") and _addresses_are_free():
                 _use_huge_pages(self._libc)
 
     def _unmake(self) -> None:
@@ -101,6 +102,17 @@ def _use_huge_pages(libc: ctypes.CDLL) -> None:
     for begin, end in _heaps():
         begin = -(-begin // _HUGE) * _HUGE
         libc.madvise(begin, max(0, end - begin) // _HUGE * _HUGE, mmap.MADV_HUGEPAGE)
+
+
+def _addresses_are_free() -> bool:
+    """Whether addresses are given without memory to back them: nobody limits them (setrlimit(2)), and Linux does not count them."""
+    import resource  # Unix only
+
+    try:
+        counted = Path("/proc/sys/vm/overcommit_memory").read_text(encoding="ascii").strip() == "2"
+    except OSError:
+        counted = True
+    return not counted and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 def _heaps() -> Iterator[tuple[int, int]]:

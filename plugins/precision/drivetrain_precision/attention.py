@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drivetrain_precision.support import bf16_support
+from drivetrain_precision.support import bf16_support, differentiable_gradients
 
 # Keys up to which attention as products took less time than the kernel, forward and backward, on one and two threads of a CPU with
 # AVX512-BF16: 0.3 to 0.4 of its time at 128 keys, 0.54 to 0.58 at 256. (0.7 to 0.96 at 512, which is not worth the memory of the weights.)
@@ -100,7 +100,7 @@ class _Products(torch.autograd.Function):
         if torch.is_grad_enabled():  # somebody wants to differentiate once more
             with torch.autocast("cpu", enabled=False):
                 mixed = _scores(q, k, ctx.is_causal, ctx.scale).softmax(-1).to(q.dtype) @ v
-            return *torch.autograd.grad(mixed, (q, k, v), grad, create_graph=True, materialize_grads=True), None, None
+            return *differentiable_gradients(mixed, (q, k, v), ctx.needs_input_grad[:3], grad), None, None
         zero = q.new_zeros(())
         of_scores = torch.ops.aten._softmax_backward_data(grad @ v.mT, weights, -1, weights.dtype)
         of_q = torch.baddbmm(zero, of_scores, k, beta=0, alpha=ctx.scale)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drivetrain_precision.support import differentiable_gradients
+
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """`F.rms_norm` as autocast computes it, in the input's type; with fewer operations where input and weight are float32."""
@@ -47,9 +49,7 @@ class _RmsNorm(torch.autograd.Function):
         size = x.shape[-1]
         if torch.is_grad_enabled():  # somebody wants to differentiate once more
             result = torch.ops.aten.rms_norm.default.decompose(x, [size], weight, ctx.eps)
-            wanted = [tensor for tensor, wants in zip((x, weight), ctx.needs_input_grad[:2], strict=True) if wants]
-            found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
-            return *(next(found) if wants else None for wants in ctx.needs_input_grad[:2]), None
+            return *differentiable_gradients(result, (x, weight), ctx.needs_input_grad[:2], grad), None
         wants = [*ctx.needs_input_grad[:2], False]
         of_x, of_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x, [size], torch.zeros_like(scale), scale, weight, None, wants

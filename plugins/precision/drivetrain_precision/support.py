@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 
 def bf16_support(device: torch.device) -> tuple[bool, str]:
@@ -61,3 +63,12 @@ def why_no_autocast(device: torch.device, dtype: torch.dtype) -> str | None:
     except Exception as error:  # each backend has its own type for an operation that it lacks
         return f"torch says: {error}"
     return None
+
+
+def differentiable_gradients(
+    result: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool], grad: Tensor
+) -> Iterator[Tensor | None]:
+    """Gradients of an autograd function's wanted inputs, by its result made of plain operations: they have gradients themselves."""
+    chosen = [tensor for tensor, wants in zip(inputs, wanted, strict=True) if wants]
+    found = iter(torch.autograd.grad(result, chosen, grad, create_graph=True, materialize_grads=True))
+    return (next(found) if wants else None for wants in wanted)

@@ -149,10 +149,10 @@ print(during, resident() >> 20, huge[0], train([]))
 """
 
 
-def faults(options: dict[str, Any] | None, **environment: str) -> list[float]:
+def faults(options: dict[str, Any] | None, before: str = ":", **environment: str) -> list[float]:
     """Pages an ordinary step got anew from the system, MiB held after the run, MiB of huge pages in the heap while it lasted, and the
     pages of a later run without the plugin."""
-    command = [sys.executable, "-W", "ignore", "-c", FAULTS, repr(options)]
+    command = ["sh", "-c", f'{before}; exec "$@"', "sh", sys.executable, "-W", "ignore", "-c", FAULTS, repr(options)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, check=True
     )
@@ -167,6 +167,14 @@ def test_a_step_gets_no_memory_anew_and_free_memory_is_returned_in_the_end() -> 
     assert kept[1] < plain[1] + 32, "what is free after a run is the system's"
     if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():  # else all have them, or none
         assert plain[2] == 0 and kept[2] >= 32, "the heap lies in huge pages"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of Linux")
+def test_where_addresses_are_limited_none_are_taken_ahead() -> None:
+    kept = faults({}, before="ulimit -v 20000000")
+    assert kept[0] < 20
+    if "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        assert kept[2] == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of Linux")

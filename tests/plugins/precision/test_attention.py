@@ -161,6 +161,20 @@ def test_second_derivatives(native: bool, plain: bool) -> None:
     del precision
 
 
+def test_second_derivatives_where_not_everything_is_trained() -> None:
+    q, k, v = projected()
+    precision = made()
+
+    def second(k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        (first,) = torch.autograd.grad(mixed.float().square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)[0]
+
+    assert torch.equal(second(k.detach(), v.detach()), second(k, v))
+    del precision
+
+
 def test_functions_of_torch_func(native: bool) -> None:
     q, k, v = (t.detach() for t in projected())
     precision = made()
