@@ -138,9 +138,9 @@ def train(callbacks):
     faults.clear()
     model = nn.Sequential(nn.Linear(8, 512), nn.GELU(), nn.Linear(512, 1))
     data = torch.utils.data.TensorDataset(torch.ones(ROWS, 8), torch.ones(ROWS, 1))
-    config = TrainingConfig(max_duration="16st", per_device_batch_size=ROWS, standard_callbacks=False, device="cpu", seed=0,
-                            optimizer={"use": "adamw", "lr": 1e-3}, precision="fp32")
-    Trainer(model, config, data, loss=nn.MSELoss(), callbacks=[Count(), *callbacks]).train()
+    config = TrainingConfig(max_duration="16st", per_device_batch_size=ROWS, standard_callbacks=False, device="cpu", seed=0)
+    optimizer = torch.optim.AdamW(model.parameters())
+    Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=[Count(), *callbacks]).train()
     return statistics.median(after - before for before, after in zip(faults[6:], faults[7:]))  # the heap may still grow once
 
 options = eval(sys.argv[1])
