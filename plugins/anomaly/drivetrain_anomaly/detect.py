@@ -93,7 +93,8 @@ class Detector:
         self._set_limits(torch.where(warm, (self.factors * self.means).clamp(max=NO_LIMIT), NO_LIMIT))
 
     def _follow(self, losses: Sequence[Scalar], norms: Sequence[Scalar]) -> None:
-        seen, (loss_mean, norm_mean) = self.seen.item(), self.means.tolist()
+        """Of numbers at hand, as are then the limits, the means and the count."""
+        seen, loss_mean, norm_mean = known(self.seen), *map(known, self.means)
         most_loss, most_norm = self.known_limits
         for loss, norm in zip(losses, norms, strict=True):
             if loss <= most_loss and norm <= most_norm:
@@ -101,7 +102,7 @@ class Detector:
                 share = max(1 / seen, 1 - self.decay)
                 loss_mean += share * (loss - loss_mean)
                 norm_mean += share * (norm - norm_mean)
-        self.means, self.seen = torch.tensor([loss_mean, norm_mean]), torch.tensor(float(seen))
+        self.means, self.seen = torch.tensor([loss_mean, norm_mean]), torch.tensor(seen)
 
     def _follow_on_device(self, values: Tensor) -> None:
         """The same without a loop."""
