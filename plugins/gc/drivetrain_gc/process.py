@@ -76,32 +76,45 @@ class MemoryKept(WhileAnyRuns):
             if not self._libc.mallopt(_MMAP_THRESHOLD, _LARGEST):  # older ones take no more than they adapt to
                 self._libc.mallopt(_MMAP_THRESHOLD, _ADAPTED_MMAP)
             self._libc.mallopt(_TRIM_THRESHOLD, _NEVER)
-            if hasattr(mmap, "MADV_HUGEPAGE") and _addresses_are_free():
-                _use_huge_pages(self._libc)
+            self._huge = _huge_pages_are_on_request() and _addresses_are_free()
+            if self._huge:
+                _grow_heap(self._libc)
+                _advise_heap(self._libc, mmap.MADV_HUGEPAGE)
 
     def _unmake(self) -> None:
         if self._libc is not None:
+            if self._huge:
+                _advise_heap(self._libc, mmap.MADV_NOHUGEPAGE)
             self._libc.mallopt(_MMAP_THRESHOLD, _ADAPTED_MMAP)
             self._libc.mallopt(_TRIM_THRESHOLD, _ADAPTED_TRIM)
             self._libc.malloc_trim(0)
 
 
-def _use_huge_pages(libc: ctypes.CDLL) -> None:
-    """Let the system give the heap huge pages (madvise(2)), where it does so on request; also where the heap will grow.
+def _huge_pages_are_on_request() -> bool:
+    """Whether Linux gives huge pages to those who ask (madvise(2)), and not to all or none."""
+    try:
+        return "[madvise]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+    except OSError:
+        return False
 
-    What is not there yet cannot be asked for, so the heap gets addresses for a quarter of the machine's memory first. No memory
-    is taken until something is written there.
+
+def _grow_heap(libc: ctypes.CDLL) -> None:
+    """Give the heap addresses for a quarter of the machine's memory: what is not there yet cannot be asked for in huge pages.
+
+    No memory is taken until something is written there.
     """
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    blocks = [libc.malloc(_BLOCK) for _ in range(max(1, memory // 4 // _BLOCK))]
-    for block in blocks:
-        libc.free(block)  # which takes NULL, of a limit that was reached, for nothing
+    for block in [libc.malloc(_BLOCK) for _ in range(max(1, memory // 4 // _BLOCK))]:
+        libc.free(block)  # which takes NULL, where there was no more, for nothing
+
+
+def _advise_heap(libc: ctypes.CDLL, advice: int) -> None:
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for begin, end in _heaps():
         begin = -(-begin // _HUGE) * _HUGE
-        libc.madvise(begin, max(0, end - begin) // _HUGE * _HUGE, mmap.MADV_HUGEPAGE)
+        libc.madvise(begin, max(0, end - begin) // _HUGE * _HUGE, advice)
 
 
 def _addresses_are_free() -> bool:
