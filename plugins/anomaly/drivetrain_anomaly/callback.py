@@ -91,7 +91,6 @@ class AnomalyCallback(Callback):
     _names: list[str] = attrs.field(factory=list, init=False, repr=False)
     _sharded: bool = attrs.field(default=False, init=False, repr=False)
     _scaled: bool = attrs.field(default=False, init=False, repr=False)
-    _alone: bool = attrs.field(default=False, init=False, repr=False)
     _shares_loss: bool = attrs.field(default=False, init=False, repr=False)
     _loss_counts: bool = attrs.field(
         default=True, init=False, repr=False
@@ -172,7 +171,6 @@ class AnomalyCallback(Callback):
         names = {id(p): name for name, p in ctx.model.named_parameters()}
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
-        self._alone = ctx.strategy.world_size == 1
         self._ctx, self._scaled = ctx, ctx.precision.scales and ctx.precision.dtype == torch.float16
         self._shares_loss = ctx.strategy.world_size > 1 and self.loss_factor is not None
         self._sharded = any(hasattr(p, "to_local") for p in self._parameters)
@@ -215,7 +213,7 @@ class AnomalyCallback(Callback):
             ctx.veto = True
         step, detector = ctx.step + 1, self._detector
         limits = detector.known_limits
-        if not (here and self._alone) or self._may_tell((its_loss, its_norm, *limits)):
+        if not here or ctx.strategy.world_size > 1 or self._may_tell((its_loss, its_norm, *limits)):
             names = None if norms is None or norms.shape[0] == len(self._parameters) else self._names_with_gradient()
             self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
         detector.fresh += (its_loss if self._loss_counts else its_norm, its_norm)
