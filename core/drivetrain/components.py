@@ -59,11 +59,15 @@ def fields_of(cls: type) -> tuple[attrs.Attribute[Any], ...]:
     return tuple(attrs.fields(cast(Any, cls)))
 
 
-def hook(*, tryfirst: bool = False, trylast: bool = False) -> Callable[[Any], Any]:
-    """Mark a hook method's place among the other listeners of its event. Methods with a hook's name need no mark."""
+def hook(*, tryfirst: bool = False, trylast: bool = False, not_before: str | None = None) -> Callable[[Any], Any]:
+    """Mark a hook method's place among the other listeners of its event, and when it sleeps. Methods with a hook's name need no mark.
+
+    `not_before` names an attribute of the component, a number: while `ctx.step` is less, the event does not call the method. A
+    listener of steps that seldom has something to do sleeps so (`float("inf")` until further notice, 0 to be called).
+    """
 
     def mark(method: Any) -> Any:
-        setattr(method, HOOK_MARK, {"tryfirst": tryfirst, "trylast": trylast})
+        setattr(method, HOOK_MARK, {"tryfirst": tryfirst, "trylast": trylast, "not_before": not_before})
         return method
 
     return mark

@@ -40,7 +40,7 @@ class RunPluginManager(pluggy.PluginManager):
             return None
         method = getattr(plugin, name)
         given = {"wrapper": False, "hookwrapper": False, "optionalhook": False, "specname": None}
-        return given | {"tryfirst": False, "trylast": False} | getattr(method, HOOK_MARK, {})
+        return given | {"tryfirst": False, "trylast": False} | {k: v for k, v in _marks(method).items() if k != "not_before"}
 
     def _add(self, thing: Component) -> None:
         _check_names(thing)
@@ -94,15 +94,37 @@ class RunPluginManager(pluggy.PluginManager):
 
 def bind(pm: RunPluginManager, event: str, only: Component | None = None) -> Event | None:
     """Resolve one event (of one component, if `only` is given) into a function, or None when nobody listens."""
-    calls = tuple((call, _note(event, thing)) for call, thing in pm.listeners(event) if only is None or thing is only)
+    found = [(call, thing) for call, thing in pm.listeners(event) if only is None or thing is only]
+    calls = tuple((call, _note(event, thing)) for call, thing in found)
     if not calls:
         return None
-    return _run_all(calls, event) if event in _RUN_ALL else _run_in_order(calls)
+    if event in _RUN_ALL:
+        return _run_all(calls, event)
+    sleep = [(thing, _marks(getattr(thing, event)).get("not_before")) for _, thing in found]
+    if all(name is None for _, name in sleep):
+        return _run_in_order(calls)
+    return _run_awake(tuple((*call, *asleep) for call, asleep in zip(calls, sleep, strict=True)))
 
 
 def _run_in_order(calls: tuple[tuple[Event, str], ...]) -> Event:
     def dispatch(ctx: Any) -> None:
         for call, note in calls:
+            try:
+                call(ctx)
+            except Exception as error:
+                error.add_note(note)
+                raise
+
+    return dispatch
+
+
+def _run_awake(calls: tuple[tuple[Event, str, Component, str | None], ...]) -> Event:
+    """The same without the listeners that sleep: see `hook`."""
+
+    def dispatch(ctx: Any) -> None:
+        for call, note, thing, not_before in calls:
+            if not_before is not None and ctx.step < getattr(thing, not_before):
+                continue
             try:
                 call(ctx)
             except Exception as error:
@@ -144,12 +166,17 @@ class Events:
         raise AttributeError(f"no event named {name!r}")
 
 
+def _marks(method: Any) -> dict[str, Any]:
+    """What `hook` said of a method."""
+    return getattr(method, HOOK_MARK, {})
+
+
 def _note(event: str, thing: Component) -> str:
     return f"raised in {event} of {thing.plugin_name} ({thing.origin})"
 
 
 def _check_names(thing: Component) -> None:
-    """Refuse a method that looks like a hook and is none, and a hook that does not take exactly one argument."""
+    """Refuse a method that looks like a hook and is none, and a hook that does not take exactly one argument or cannot sleep."""
     for name in dir(type(thing)):
         if not name.startswith(("on_", "make_")):
             continue
@@ -163,3 +190,17 @@ def _check_names(thing: Component) -> None:
             raise PluginError(
                 f"{thing.plugin_name} ({thing.origin}): {name} must take one argument, ctx, but takes ({', '.join(found)})."
             )
+        if why := _keeps_awake(thing, name):
+            raise PluginError(f"{thing.plugin_name} ({thing.origin}): {name} cannot sleep, {why}")
+
+
+def _keeps_awake(thing: Component, name: str) -> str:
+    """What is wrong with a hook's `not_before`; empty when nothing is."""
+    attribute = _marks(getattr(thing, name)).get("not_before")
+    if attribute is None:
+        return ""
+    if name not in EVENTS or name in _RUN_ALL:
+        return "it is always called; take not_before away."
+    if not hasattr(thing, attribute):
+        return f"for it has no attribute {attribute!r} (not_before).{suggest(attribute, vars(thing))}"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,71 @@ def test_listeners_run_in_the_order_given_with_tryfirst_and_trylast_around() -> 
         "callback:Says",
         "callback:Last",
     ]
+
+
+class Sleeper(Callback):
+    until: float = 3
+
+    @hook(not_before="until")
+    def on_step_end(self, ctx: Any) -> None:
+        ctx.heard.append(f"sleeper {ctx.step}")
+
+
+class Counter(Callback):
+    def on_step_end(self, ctx: Any) -> None:
+        ctx.heard.append(f"counter {ctx.step}")
+
+
+def test_a_listener_sleeps_until_the_step_that_it_names() -> None:
+    sleeper, ctx = Sleeper(), SimpleNamespace(heard=[], step=0)
+    pm = RunPluginManager(named(sleeper, Counter()))
+    wrapped: list[Any] = []
+
+    def wrap(call: Any, event: str, thing: Any) -> Any:
+        return lambda ctx: (wrapped.append(type(thing)), call(ctx))
+
+    pm.wraps = [wrap]
+    event = Events(pm).step_end
+    assert event is not None
+    for ctx.step in range(2, 6):
+        event(ctx)
+        if ctx.step == 4:
+            sleeper.until = float("inf")
+    assert ctx.heard == ["counter 2", "sleeper 3", "counter 3", "sleeper 4", "counter 4", "counter 5"]
+    assert wrapped.count(Sleeper) == 2  # whoever times listeners does not meet one that sleeps
+
+
+def test_errors_of_a_listener_that_woke_name_the_plugin() -> None:
+    class Bad(Callback):
+        until: float = 0
+
+        @hook(not_before="until")
+        def on_step_end(self, ctx: Any) -> None:
+            raise KeyError("x")
+
+    event = Events(RunPluginManager(named(Bad()))).step_end
+    assert event is not None
+    with pytest.raises(KeyError) as caught:
+        event(SimpleNamespace(step=0))
+    assert "on_step_end of callback:Bad" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("event", "attribute", "said"),
+    [
+        ("on_step_end", "untill", "no attribute 'untill' .not_before.. Did you mean 'until'"),
+        ("on_run_end", "until", "on_run_end cannot sleep, it is always called"),
+        ("make_loss", "until", "make_loss cannot sleep, it is always called"),
+    ],
+)
+def test_what_cannot_sleep_is_an_error(event: str, attribute: str, said: str) -> None:
+    def method(self: Any, ctx: Any) -> None:
+        pass
+
+    bad = type("Bad", (Callback,), {event: hook(not_before=attribute)(method)})()
+    bad.until = 0
+    with pytest.raises(PluginError, match=f"callback:Bad.*{said}"):
+        RunPluginManager(named(bad))
 
 
 def test_two_runs_never_meet() -> None:

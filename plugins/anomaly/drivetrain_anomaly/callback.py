@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Policy = Literal["raise", "skip", "rollback", "ignore"]
 _said = logging.getLogger("drivetrain.anomaly")
 _MOST_UNREAD = 1024
+_NEVER = float("inf")
 
 
 def _more_than(least: float) -> Any:
@@ -85,7 +86,7 @@ class AnomalyCallback(Callback):
     _unread: list[Unread] = attrs.field(factory=list, init=False, repr=False)
     _restored: Any = attrs.field(default=None, init=False, repr=False)
     _snapshot: Any = attrs.field(default=None, init=False, repr=False)
-    _snapshot_is_due: bool = attrs.field(default=False, init=False, repr=False)
+    _snapshot_due: float = attrs.field(default=_NEVER, init=False, repr=False)  # 0 when one is
     _snapshot_step: int = attrs.field(default=0, init=False, repr=False)
     _parameters: list[nn.Parameter] = attrs.field(factory=list, init=False, repr=False)
     _names: list[str] = attrs.field(factory=list, init=False, repr=False)
@@ -184,14 +185,13 @@ class AnomalyCallback(Callback):
         self._judge = judge_for(ctx.device, self._loss_counts, self.loss_factor is not None, **vetoed)
         self._judge_at_hand = judge_at_hand(self._loss_counts, self.loss_factor is not None, **vetoed)
         ctx.left_out |= set(self.left_out)
-        self._snapshot_is_due = self._rolls_back and not self._owes_a_rollback()
+        self._snapshot_due = 0 if self._rolls_back and not self._owes_a_rollback() else _NEVER
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_snapshot_due")
     def on_step_start(self, ctx: CallbackContext) -> None:
         """Make a snapshot when one is due: the first when the data is open, the others when a log has found nothing."""
-        if self._snapshot_is_due:
-            self._snapshot_is_due = False
-            self._snapshot, self._snapshot_step = _copied(ctx.state_dict(own=True)), ctx.step
+        self._snapshot_due = _NEVER
+        self._snapshot, self._snapshot_step = _copied(ctx.state_dict(own=True)), ctx.step
 
     @hook(tryfirst=True)
     def on_clipped(self, ctx: CallbackContext) -> None:
@@ -244,7 +244,7 @@ class AnomalyCallback(Callback):
         if back:
             self._go_back(ctx, back)
         elif self._rolls_back and ctx.step >= self._snapshot_step + self.snapshot_every:
-            self._snapshot_is_due = True
+            self._snapshot_due = 0
 
     def _is_time(self, ctx: CallbackContext, step: int) -> bool:
         """Whether the run has come to `step`, or to its end, which may be earlier now by the windows that are left out."""

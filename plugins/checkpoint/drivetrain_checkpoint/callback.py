@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SAVE_FILE = "SAVE"
 
 # Events after a save and before the optimizer's step, in which an optimizer's component may change its state.
+_NEVER = float("inf")
 _BEFORE_THE_STEP = (
     "on_epoch_end",
     "on_epoch_start",
@@ -88,6 +89,7 @@ class CheckpointCallback(Callback):
     rejected: set[Path] = attrs.field(factory=set, init=False, repr=False)  # damaged checkpoints found at the start
     _saved_at: tuple[int, int] | None = attrs.field(default=None, init=False, repr=False)
     _versions: int = attrs.field(default=0, init=False, repr=False)  # of the weights when they were saved
+    _looks: float = attrs.field(default=0, init=False, repr=False)  # 0 while steps may have something for this to do
     _is_due: bool = attrs.field(default=False, init=False, repr=False)
     _best_before: tuple[float | None, int | None] = attrs.field(default=(None, None), init=False, repr=False)
     _running: bool = attrs.field(default=False, init=False, repr=False)
@@ -128,7 +130,7 @@ class CheckpointCallback(Callback):
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Find out before the first step what the first save would: a disk that refuses, a state that cannot be stored."""
-        self._running, self._preempted, self._is_due = True, False, False
+        self._running, self._preempted, self._is_due, self._looks = True, False, False, 0
         if self.best is not None and (ctx.eval_batches == 0 or ctx.config.eval_interval is None):
             lacks = "has no evaluation data" if ctx.eval_batches == 0 else "evaluates never, since eval_interval is false"
             raise DrivetrainError(f"checkpoint tells the best by {self.best}, but the run {lacks}.")
@@ -142,7 +144,7 @@ class CheckpointCallback(Callback):
         writes = ctx.is_main or is_divided(ctx)
         self._unprepared = _tensors({**tree, "optimizer": None}) if self.asynchronous and writes and self._comes(ctx) else None
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_looks")
     def on_step_start(self, ctx: CallbackContext) -> None:
         """Save what an evaluation or a person asked for: nothing has changed since. See whether a save has ended."""
         if self._unlocked:
@@ -159,8 +161,10 @@ class CheckpointCallback(Callback):
                 self._in_flight.let_change()
             if ctx.strategy.world_size == 1 and self._in_flight.has_ended:
                 self._land(ctx)
+        if self._in_flight is None and self._unprepared is None:
+            self._looks = _NEVER
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_looks")
     def on_clipped(self, ctx: CallbackContext) -> None:
         """The optimizer is about to change what a copy may still be made of."""
         if self._in_flight is not None:
@@ -175,6 +179,7 @@ class CheckpointCallback(Callback):
         if ended:
             self._land(ctx)
         self._is_due = self._is_due or asked  # saved when the other listeners and the evaluation of this step are through
+        self._looks = 0
 
     @hook(trylast=True)
     def on_every(self, ctx: CallbackContext) -> None:
@@ -195,7 +200,7 @@ class CheckpointCallback(Callback):
         value = on_rank_0(ctx, lambda: ctx.eval_metrics[self.best or ""] if self._has_metric(ctx) else None)
         if value is not None and self._is_better(value):
             self._best_before = self.best_value, self.best_step
-            self.best_value, self.best_step, self._is_due = value, ctx.step, True
+            self.best_value, self.best_step, self._is_due, self._looks = value, ctx.step, True, 0
 
     def on_preempt(self, ctx: CallbackContext) -> None:
         """Remember to save at the end, whatever the options say: the run is to go on elsewhere."""
@@ -223,7 +228,7 @@ class CheckpointCallback(Callback):
         if now == self._saved_at and not self._is_due:
             return
         self._land(ctx)  # at most one at a time
-        self._is_due, self._saved_at, self._versions = False, now, _versions(ctx.model)
+        self._is_due, self._looks, self._saved_at, self._versions = False, 0, now, _versions(ctx.model)
         asynchronous = self.asynchronous and not last
         if is_divided(ctx):
             self._in_flight = self._start_together(ctx, asynchronous)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientStatsCallback"]
 
+_NEVER = float("inf")
+
 
 def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
     if value is not None and value < 1:
@@ -44,7 +46,9 @@ class GradientStatsCallback(Callback):
 
     _layers: dict[str, list[nn.Parameter]] = attrs.field(factory=dict, init=False, repr=False)
     _period: int = attrs.field(default=1, init=False, repr=False)
+    _next: float = attrs.field(default=0, init=False, repr=False)  # before so many steps there is none to look at
     _before: Any = attrs.field(default=None, init=False, repr=False)  # the weights and their norms, within a step
+    _compares: float = attrs.field(default=_NEVER, init=False, repr=False)  # 0 within such a step
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Gather the layers."""
@@ -56,20 +60,26 @@ class GradientStatsCallback(Callback):
                 layer = name.removeprefix("module.").replace("_orig_mod.", "").rpartition(".")[0] or "model"
                 self._layers.setdefault(layer, []).append(parameter)
 
-    @hook(trylast=True)
+    def on_log(self, ctx: CallbackContext) -> None:
+        """Wake: the run may have gone back."""
+        self._next = 0
+
+    @hook(trylast=True, not_before="_next")
     def on_clipped(self, ctx: CallbackContext) -> None:
         """Look at the gradients and at the weights before their update."""
-        if (ctx.step + 1) % self._period == 0:
+        ahead = -(ctx.step + 1) % self._period
+        if ahead:
+            self._next = ctx.step + ahead
+        else:
             self._look(ctx)
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_compares")
     def on_optimizer_step(self, ctx: CallbackContext) -> None:
         """Compare with the weights after it."""
-        if self._before is not None:
-            self._compare(ctx)
+        self._compare(ctx)
 
     def _look(self, ctx: CallbackContext) -> None:
-        self._before = {}
+        self._before, self._compares = {}, 0
         for layer, parameters in self._layers.items():
             weights = [p.detach().clone() for p in parameters]
             self._before[layer] = (weights, _norm(weights))
@@ -80,7 +90,7 @@ class GradientStatsCallback(Callback):
                 ctx.show("histogram", f"gradients/{layer}", torch.cat([_local(grad).flatten() for grad in grads]))
 
     def _compare(self, ctx: CallbackContext) -> None:
-        before, self._before = self._before, None
+        before, self._before, self._compares = self._before, None, _NEVER
         for layer, (weights, norm) in before.items():
             change = _norm(torch._foreach_sub([p.detach() for p in self._layers[layer]], weights))
             ctx.log({f"weight_norm/{layer}": norm, f"update_ratio/{layer}": change / norm.clamp(min=1e-30)})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ProfilerCallback"]
 
+_NEVER = float("inf")
 _said = logging.getLogger("drivetrain.profiler")
 
 
@@ -53,31 +54,28 @@ class ProfilerCallback(Callback):
     all_ranks: bool = option(default=False, help="profile every process, not only rank 0")
 
     _profiler: Any = attrs.field(default=None, init=False, repr=False)
-    _next: float = attrs.field(default=float("inf"), init=False, repr=False)  # the step at which something begins or ends
+    _next: float = attrs.field(default=_NEVER, init=False, repr=False)  # the steps done when something begins
+    _last: float = attrs.field(default=_NEVER, init=False, repr=False)  # the step after which it ends
     _first: int = attrs.field(default=0, init=False, repr=False)
-    _recording: bool = attrs.field(default=False, init=False, repr=False)
 
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Find the first profile that is still ahead."""
-        self._profiler, self._recording = None, False
+        self._profiler, self._last = None, _NEVER
         self._plan(ctx.step) if ctx.is_main or self.all_ranks else self._never()
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_next")
     def on_step_start(self, ctx: CallbackContext) -> None:
         """Begin: to warm up before the first step, to record with it."""
-        if ctx.step + 1 < self._next:
-            return
         if self._profiler is None:
             self._begin(ctx)
-        elif not self._recording:
+        else:
             self._profiler.step()
-            self._recording, self._next = True, float("inf")
+            self._next, self._last = _NEVER, self._first + self.steps - 1
 
-    @hook(trylast=True)
+    @hook(trylast=True, not_before="_last")
     def on_step_end(self, ctx: CallbackContext) -> None:
         """End after the last step."""
-        if self._recording and ctx.step >= self._first + self.steps - 1:
-            self._end(ctx)
+        self._end(ctx)
 
     def on_exception(self, ctx: CallbackContext) -> None:
         """Stop the profiler, which belongs to the process."""
@@ -85,20 +83,20 @@ class ProfilerCallback(Callback):
 
     def on_run_end(self, ctx: CallbackContext) -> None:
         """Write what there is when the run ends in the middle of a profile."""
-        if self._recording and ctx.exception is None:
+        if self._last < _NEVER and ctx.exception is None:
             self._end(ctx)
         self._stop()
 
     # -- a profile -------------------------------------------------------------------------------------------------------
 
     def _never(self) -> None:
-        self._next = float("inf")
+        self._next = _NEVER
 
     def _plan(self, done: int) -> None:
         """The next profile begins one step early, to warm up."""
         ahead = [step for step in sorted(self.start) if step - 1 > done]
         self._first = ahead[0] if ahead else 0
-        self._next = self._first - 1 if ahead else float("inf")
+        self._next = self._first - 2 if ahead else _NEVER
 
     def _begin(self, ctx: CallbackContext) -> None:
         activities = [ProfilerActivity.CPU]
@@ -113,7 +111,7 @@ class ProfilerCallback(Callback):
         if self.memory_snapshot and ctx.device.type == "cuda":
             torch.cuda.memory._record_memory_history()
         self._profiler.start()
-        self._next = self._first
+        self._next = self._first - 1
 
     def _end(self, ctx: CallbackContext) -> None:
         if ctx.device.type != "cpu":
@@ -142,7 +140,7 @@ class ProfilerCallback(Callback):
             print(f"profile of steps {self._first} to {last}, see {path.parent}\n{lines}", file=sys.stderr)
 
     def _stop(self, ctx: CallbackContext | None = None) -> None:
-        profiler, self._profiler, self._recording = self._profiler, None, False
+        profiler, self._profiler, self._last = self._profiler, None, _NEVER
         if profiler is not None:
             profiler.stop()
             if ctx is None and self.memory_snapshot and torch.cuda.is_available():
