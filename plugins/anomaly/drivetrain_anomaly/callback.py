@@ -11,8 +11,19 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, component, hook, option, state
-from drivetrain_anomaly.detect import NO_LIMIT, Detector, Unread, column, judge_at_hand, judge_for, known, norms_of, worst
+from drivetrain import Callback, at_hand, component, hook, option, state
+from drivetrain_anomaly.detect import (
+    NO_LIMIT,
+    Detector,
+    Scalar,
+    Unread,
+    column,
+    judge_at_hand,
+    judge_for,
+    known,
+    norms_of,
+    worst,
+)
 from drivetrain_anomaly.record import Anomaly, AnomalyError, append, samples_of
 
 if TYPE_CHECKING:
@@ -92,6 +103,7 @@ class AnomalyCallback(Callback):
     _names: list[str] = attrs.field(factory=list, init=False, repr=False)
     _sharded: bool = attrs.field(default=False, init=False, repr=False)
     _scaled: bool = attrs.field(default=False, init=False, repr=False)
+    _is_alone: bool = attrs.field(default=True, init=False, repr=False)
     _shares_loss: bool = attrs.field(default=False, init=False, repr=False)
     _loss_counts: bool = attrs.field(
         default=True, init=False, repr=False
@@ -173,7 +185,8 @@ class AnomalyCallback(Callback):
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
         self._ctx, self._scaled = ctx, ctx.precision.scales and ctx.precision.dtype == torch.float16
-        self._shares_loss = ctx.strategy.world_size > 1 and self.loss_factor is not None
+        self._is_alone = ctx.strategy.world_size == 1
+        self._shares_loss = not self._is_alone and self.loss_factor is not None
         self._sharded = any(hasattr(p, "to_local") for p in self._parameters)
         if self._detector is None:
             self._detector = Detector.on(ctx.device, self.loss_factor, self.norm_factor, self.warmup, self.decay)
@@ -196,6 +209,22 @@ class AnomalyCallback(Callback):
     @hook(tryfirst=True)
     def on_clipped(self, ctx: CallbackContext) -> None:
         """Judge the step, and veto its update, without a word to the host."""
+        detector, loss, norm = self._detector, ctx.loss_tensor, ctx.grad_norm
+        most_loss, most_norm = detector.known_limits
+        its_loss = its_norm = None
+        if self._is_alone and loss is not None and norm is not None:
+            its_loss, its_norm = at_hand(loss), at_hand(norm)
+        if its_loss is None or its_norm is None or not (-NO_LIMIT <= its_loss <= most_loss and its_norm <= most_norm):
+            its_loss, its_norm = self._examine(ctx)
+        detector.fresh += (its_loss if self._loss_counts else its_norm, its_norm)
+        if (ctx.step + 1) % self.renew_every == 0:
+            detector.renew()
+            self._set_guard()
+            if len(self._unread) > _MOST_UNREAD:  # logging is rare in this run
+                self._unread = self._worth_keeping()
+
+    def _examine(self, ctx: CallbackContext) -> tuple[Scalar, Scalar]:
+        """Loss and norm of a step that may not be as the others, judged and remembered."""
         loss, norm, norms = ctx.loss_tensor, ctx.grad_norm, ctx.strategy.norms
         assert loss is not None
         if norm is None:  # nothing else needed it
@@ -211,17 +240,11 @@ class AnomalyCallback(Callback):
             ctx.veto = self._judge(its_loss, its_norm, self._guard)
         elif self._judge is not None and self._judge_at_hand(its_loss, its_norm, self._guard_at_hand):
             ctx.veto = True
-        step, detector = ctx.step + 1, self._detector
-        limits = detector.known_limits
+        limits = self._detector.known_limits
         if not here or ctx.strategy.world_size > 1 or self._may_tell((its_loss, its_norm, *limits)):
             names = None if norms is None or norms.shape[0] == len(self._parameters) else self._names_with_gradient()
-            self._unread.append(Unread(step, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
-        detector.fresh += (its_loss if self._loss_counts else its_norm, its_norm)
-        if step % self.renew_every == 0:
-            detector.renew()
-            self._set_guard()
-            if len(self._unread) > _MOST_UNREAD:  # logging is rare in this run
-                self._unread = self._worth_keeping()
+            self._unread.append(Unread(ctx.step + 1, ctx.epoch, ctx.step_in_epoch, names, its_loss, its_norm, norms, limits))
+        return its_loss, its_norm
 
     @hook(tryfirst=True)
     def on_log(self, ctx: CallbackContext) -> None:

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from drivetrain import Callback, ModelError, PluginError, component, hook, option, state
+from drivetrain import Callback, ModelError, PluginError, component, hook, option
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -56,8 +56,6 @@ class EmaCallback(Callback):
         default=False, help="leave the averages in the model when the run ends or is restored, to be exported"
     )
 
-    updates: int = state(default=0)
-
     _averages: _Values | None = attrs.field(default=None, init=False, repr=False)
     _weights: _Values | None = attrs.field(default=None, init=False, repr=False)  # kept while the averages are in the model
     _saved: Mapping[str, Any] | None = attrs.field(default=None, init=False, repr=False)  # restored, not yet taken over
@@ -79,7 +77,13 @@ class EmaCallback(Callback):
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Keep the state until the model can be asked for its tensors."""
         self._saved, self._averages, self._weights = saved, None, None
-        self.updates = saved["updates"]
+
+    @property
+    def updates(self) -> int:
+        """How often the averages have followed the model."""
+        if self._averages is not None:
+            return self._averages.updates
+        return 0 if self._saved is None else self._saved["updates"]
 
     # -- events ----------------------------------------------------------------------------------------------------------
 
@@ -103,13 +107,14 @@ class EmaCallback(Callback):
         every = self.update_every
         if (ctx.step + 1) % every:
             return
-        steps = self.updates * every
-        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
         if self._averages is None:  # the run went back to an earlier state
             self._begin(ctx)
-        assert self._averages is not None
-        self._averages.move_towards_model(1 - decay**every)
-        self.updates += 1
+        averages = self._averages
+        assert averages is not None
+        steps = averages.updates * every
+        decay = min(self.decay, (1 + steps) / (10 + steps)) if self.warmup else self.decay
+        averages.move_towards_model(1 - decay**every)
+        averages.updates += 1
 
     def on_evaluate_start(self, ctx: CallbackContext) -> None:
         """Put the averages in. Not `tryfirst`: a checkpoint that is being copied must hear of it before."""
@@ -155,6 +160,7 @@ class EmaCallback(Callback):
         if saved is None or saved["averages"] is None:
             return
         self._averages.load(ctx, saved["averages"])
+        self._averages.updates = saved["updates"]
         if saved["weights"] is not None:
             self._weights = _Values.of(ctx, widened=False)
             self._weights.load(ctx, saved["weights"])
@@ -175,9 +181,11 @@ class _Values:
 
     def __init__(self, sources: dict[str, Tensor], copies: list[Tensor]) -> None:
         self.names, self.sources, self.copies = list(sources), list(sources.values()), copies
+        self.updates = 0
         self._local = [_local(copy) for copy in copies]
         self._sharded = any(hasattr(copy, "to_local") for copy in copies)
         self._fits_fused = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in (*self._local, *self.sources))
+        self._no_grad = torch.no_grad()  # made once: it is entered in every step
         self._widened = any(copy.dtype != source.dtype for copy, source in zip(copies, self.sources, strict=True))
 
     @classmethod
@@ -198,7 +206,7 @@ class _Values:
     def move_towards_model(self, share: float) -> None:
         """copy ← copy + share·(model − copy), all tensors at once."""
         now = [_local(source) for source in self.sources] if self._sharded else self.sources
-        with torch.no_grad():
+        with self._no_grad:
             if self._widened:
                 now = [source.to(copy.dtype) for source, copy in zip(now, self._local, strict=True)]
             if self._fits_fused:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Listener = Callable[[Any], None]
 _WRITE_EVERY = 1.0  # seconds: what a kill takes away of the account, which then counts as `down`
 
+_NEVER = float("inf")
+
 START, WAIT, TRANSFER, COMPUTE, REDUCE, UPDATE, LOG, EVALUATE, REST = (
     "start",
     "data wait",
@@ -54,6 +56,10 @@ class GoodputCallback(Callback):
     _parts: defaultdict[str, float] = attrs.field(factory=lambda: defaultdict(float), init=False, repr=False)
     _part: str = attrs.field(default=START, init=False, repr=False)  # what the time since `_last` belongs to
     _last: float = attrs.field(default=0.0, init=False, repr=False)
+    _before_compute: str = attrs.field(default=TRANSFER, init=False, repr=False)  # what a microbatch begins with
+    _after_compute: str = attrs.field(default=UPDATE, init=False, repr=False)  # what follows the last one
+    _transfers: float = attrs.field(default=0, init=False, repr=False)  # 0, or never
+    _reduces: float = attrs.field(default=0, init=False, repr=False)
     _waited: float = attrs.field(default=0.0, init=False, repr=False)  # `ctx.data_wait` at the last look
     _begun: float | None = attrs.field(default=None, init=False, repr=False)
     _written: float = attrs.field(default=0.0, init=False, repr=False)
@@ -96,6 +102,9 @@ class GoodputCallback(Callback):
         """Start it in a later sitting of the same process, which restores nothing."""
         if self._begun is None:
             self._begin(perf_counter())
+        on_host, alone = ctx.device.type == "cpu", ctx.strategy.world_size == 1
+        self._before_compute, self._transfers = (COMPUTE, _NEVER) if on_host else (TRANSFER, 0)
+        self._after_compute, self._reduces = (UPDATE, _NEVER) if alone else (REDUCE, 0)
         self._waited = ctx.data_wait
         anew = ctx.step == 0 and ctx.resume == "never"  # a run that was killed before its first checkpoint has a past as well
         earlier = read_sittings(ctx.run_dir) if ctx.is_main and not anew else []
@@ -110,9 +119,9 @@ class GoodputCallback(Callback):
         self._waited = ctx.data_wait
         self._parts[self._part] += now - self._last - waited
         self._parts[WAIT] += waited
-        self._last, self._part = now, TRANSFER
+        self._last, self._part = now, self._before_compute
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_transfers")
     def on_batch(self, ctx: CallbackContext) -> None:
         """A microbatch is on the device."""
         now = perf_counter()
@@ -124,10 +133,10 @@ class GoodputCallback(Callback):
         """Its gradients are there: another one comes, or the update."""
         now = perf_counter()
         self._parts[self._part] += now - self._last
-        last = UPDATE if ctx.strategy.world_size == 1 else REDUCE
-        self._last, self._part = now, TRANSFER if ctx.microbatch + 1 < ctx.microbatches else last
+        more = ctx.microbatch + 1 < ctx.microbatches
+        self._last, self._part = now, self._before_compute if more else self._after_compute
 
-    @hook(tryfirst=True)
+    @hook(tryfirst=True, not_before="_reduces")
     def on_clipped(self, ctx: CallbackContext) -> None:
         """The gradients are what the optimizer takes."""
         now = perf_counter()
@@ -137,7 +146,9 @@ class GoodputCallback(Callback):
     @hook(tryfirst=True)
     def on_optimizer_step(self, ctx: CallbackContext) -> None:
         """The update is done."""
-        self._turn(REST)
+        now = perf_counter()
+        self._parts[self._part] += now - self._last
+        self._last, self._part = now, REST
 
     @hook(tryfirst=True)
     def on_log(self, ctx: CallbackContext) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from drivetrain import CallbackContext, ConfigError, Problem, component, option
+from drivetrain_optimizers import direct
 from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, FusibleOptimizer, TorchOptimizer, betas, number
 from drivetrain_optimizers.joined import Joined
 from drivetrain_optimizers.lamb import Lamb, LambOptimizer
@@ -51,7 +52,7 @@ class AdamW(FusibleOptimizer):
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.AdamW` over the parameters of `ctx.model`."""
-        return self.build(torch.optim.AdamW, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
+        return self.build(direct.AdamW, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
 
 
 @component
@@ -65,7 +66,7 @@ class Adam(FusibleOptimizer):
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.Adam` over the parameters of `ctx.model`."""
-        return self.build(torch.optim.Adam, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
+        return self.build(direct.Adam, ctx, betas=self.betas, eps=self.eps, amsgrad=self.amsgrad)
 
 
 @component

@@ -29,8 +29,8 @@ class ProgressCallback(Callback):
     """Show one bar over the run: position, loss, learning rate, speed, time left; and the results of evaluations above it.
 
     Where there is no terminal (a file, a batch job) it writes plain lines instead. All goes to the standard error stream.
-    The values are those of the newest log, so nothing waits for the device; in a step it reads the clock and, a few times a
-    second, draws. The time left is by the mean pace of this sitting, evaluation included, the first step not.
+    The values are those of the newest log, so nothing waits for the device; in a step (of short ones in each eighth) it reads the
+    clock and, a few times a second, draws. The time left is by the mean pace of this sitting, evaluation included, the first step not.
     """
 
     seconds: float = option(default=10.0, validator=_positive, help="least time between two lines where there is no terminal")
@@ -39,6 +39,8 @@ class ProgressCallback(Callback):
     _due: float = attrs.field(default=NEVER, init=False, repr=False)  # when on_step_end draws next
     _log_due: float = attrs.field(default=NEVER, init=False, repr=False)  # when on_log does
     _begun: float = attrs.field(default=0.0, init=False, repr=False)
+    _looks: float = attrs.field(default=0, init=False, repr=False)  # the step after which on_step_end looks at the clock
+    _looked: tuple[int, float] = attrs.field(default=(0, 0.0), init=False, repr=False)  # the step and the time of the last look
     _first: Any = attrs.field(default=None, init=False, repr=False)  # (time, position) after the first step of this sitting
     _values: list[str] = attrs.field(factory=list, init=False, repr=False)
     _batches: int = attrs.field(default=0, init=False, repr=False)
@@ -49,23 +51,35 @@ class ProgressCallback(Callback):
         """Open the bar where the run begins or goes on."""
         self._view = view_of(self.seconds) if ctx.is_main else None
         self._begun, self._first, self._values = monotonic(), None, []
-        self._due = self._log_due = NEVER
+        self._due = self._log_due = self._looks = NEVER
         if self._view is not None:
+            self._looks = 0
             self._due, self._log_due = self._begun + self._view.pace, 0.0
             if self._view.live:
                 self._draw(ctx)
 
+    @hook(not_before="_looks")
     def on_step_end(self, ctx: CallbackContext) -> None:
         """Move on, a few times a second at most."""
-        if self._first is None or monotonic() >= self._due:
-            self._moved(ctx)
+        now = monotonic()
+        if self._first is None:
+            self._first = (now, ctx.position)
+        if now >= self._due:
+            self._due = now + self._view.pace
+            if not self._view.live:  # the new values of a log are worth a drawing at once, but not a line of a file
+                self._log_due = self._due
+            self._draw(ctx)
+        step, then = self._looked
+        if (now - then) * 8 < self._view.pace / 4 * (ctx.step - step):  # eight such steps take a quarter of that time
+            self._looks = ctx.step + 8
+        self._looked = (ctx.step, now)
 
     @hook(trylast=True)
     def on_log(self, ctx: CallbackContext) -> None:
         """Take the new values, after the other callbacks had their chance to add some."""
         if self._view is None:
             return
-        self._values = text.values(ctx.metrics)
+        self._values, self._looks = text.values(ctx.metrics), 0  # the run may have gone back
         if (now := monotonic()) >= self._log_due:
             self._due = self._log_due = now + self._view.pace
             self._draw(ctx)
@@ -109,16 +123,6 @@ class ProgressCallback(Callback):
 
     # -- drawing ---------------------------------------------------------------------------------------------------------
 
-    def _moved(self, ctx: CallbackContext) -> None:
-        now = monotonic()
-        if self._first is None:
-            self._first = (now, ctx.position)
-        if now >= self._due:
-            self._due = now + self._view.pace
-            if not self._view.live:  # the new values of a log are worth a drawing at once, but not a line of a file
-                self._log_due = self._due
-            self._draw(ctx)
-
     def _draw(self, ctx: CallbackContext, last: str = "") -> None:
         position, length = ctx.position, ctx.run_length
         left = text.place(min(position, length), length, ctx.run_unit)
@@ -141,7 +145,7 @@ class ProgressCallback(Callback):
 
     def _close(self) -> None:
         view, self._view = self._view, None
-        self._due = self._log_due = NEVER
+        self._due = self._log_due = self._looks = NEVER
         if view is not None:
             with suppress(OSError, ValueError):
                 view.close()

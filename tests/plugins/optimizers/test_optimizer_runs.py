@@ -73,7 +73,7 @@ def test_the_loss_falls(spec: dict[str, Any]) -> None:
 
 
 def test_the_default_optimizer_is_adamw() -> None:
-    assert type(trainer(make_model(), None).ctx.optimizer) is torch.optim.AdamW
+    assert isinstance(trainer(make_model(), None).ctx.optimizer, torch.optim.AdamW)
 
 
 def test_a_run_by_name_is_bit_equal_to_torchs_own_loop() -> None:

@@ -1,0 +1,317 @@
+"""Adam and AdamW that call torch's kernel at once: bit-equal to torch's own, and torch's own step wherever it must be."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from drivetrain_optimizers import direct
+
+PAIRS = [(torch.optim.Adam, direct.Adam), (torch.optim.AdamW, direct.AdamW)]
+
+
+class Pair:
+    """One model twice, with torch's optimizer and with ours."""
+
+    def __init__(self, theirs: Any, ours: Any, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 1)).to(dtype)
+        self.models = [model, copy.deepcopy(model)]
+        self.optimizers = [
+            cls(self._groups(model), lr=1e-2, fused=True, **options)
+            for cls, model in zip((theirs, ours), self.models, strict=True)
+        ]
+        self.generator = torch.Generator().manual_seed(1)
+
+    @staticmethod
+    def _groups(model: nn.Module) -> list[dict[str, Any]]:
+        matrices = [p for p in model.parameters() if p.ndim == 2]
+        return [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0},
+        ]
+
+    @property
+    def ours(self) -> Any:
+        return self.optimizers[1]
+
+    def both(self, do: Callable[[nn.Module, Any], Any]) -> None:
+        """The same to both."""
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            do(model, optimizer)
+
+    def train(self, steps: int = 3) -> None:
+        """Steps on the same numbers, then: the same bits everywhere."""
+        dtype = next(self.models[0].parameters()).dtype
+        for _ in range(steps):
+            inputs = torch.randn(4, 8, generator=self.generator).to(dtype)
+            for model, optimizer in zip(self.models, self.optimizers, strict=True):
+                model(inputs).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        self.check()
+
+    def check(self) -> None:
+        for one, other in zip(*(model.parameters() for model in self.models), strict=True):
+            assert torch.equal(one, other)
+        one, other = (optimizer.state_dict() for optimizer in self.optimizers)
+        assert one["param_groups"] == other["param_groups"]
+        assert list(one["state"]) == list(other["state"])
+        for mine, its in zip(one["state"].values(), other["state"].values(), strict=True):
+            assert mine.keys() == its.keys()
+            assert all(torch.equal(mine[key], its[key]) and mine[key].dtype == its[key].dtype for key in mine)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which steps of ours torch's own step made."""
+    made: list[str] = []
+    for cls in (direct.Adam, direct.AdamW):
+        inner = cls._whole_step
+
+        def counted(self: Any, closure: Any, inner: Any = inner) -> Any:
+            made.append(type(self).__name__)
+            return inner(self, closure)
+
+        monkeypatch.setattr(cls, "_whole_step", counted)
+    return made
+
+
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True}, {"betas": (0.5, 0.7), "eps": 1e-3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_bit_equal_to_torchs(theirs: Any, ours: Any, options: dict[str, Any], dtype: torch.dtype, whole: list[str]) -> None:
+    pair = Pair(theirs, ours, dtype, **options)
+    pair.train(20)
+    assert len(whole) == 1  # only the first step, which makes the state
+    for group in (group for optimizer in pair.optimizers for group in optimizer.param_groups):  # as a schedule does
+        group["lr"] = 3e-3
+    pair.train(5)
+    assert len(whole) == 1
+
+
+def test_a_step_not_made_would_be_seen() -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(3)
+    pair.ours.state[pair.ours.param_groups[1]["params"][2]]["exp_avg"].mul_(1 + 1e-6)
+    with pytest.raises(AssertionError):
+        pair.train(1)
+
+
+def test_the_host_does_a_fraction(whole: list[str]) -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(3)
+    theirs, ours = (calls(optimizer.step) for optimizer in pair.optimizers if has_gradients(optimizer))
+    assert ours <= theirs / 3
+
+
+def has_gradients(optimizer: Any) -> bool:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    return True
+
+
+def calls(function: Callable[[], Any]) -> int:
+    """Python functions called."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+# -- what changes between two steps ---------------------------------------------------------------------------------------------
+
+
+def load_own_state(model: nn.Module, optimizer: Any) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def load_other_state(model: nn.Module, optimizer: Any) -> None:
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["exp_avg"].mul_(2)
+        entry["step"].add_(5)
+    optimizer.load_state_dict(saved)
+
+
+def replace_a_tensor(model: nn.Module, optimizer: Any) -> None:
+    state = optimizer.state[optimizer.param_groups[1]["params"][1]]
+    state["exp_avg_sq"] = state["exp_avg_sq"] * 4
+
+
+def replace_a_state(model: nn.Module, optimizer: Any) -> None:
+    parameter = optimizer.param_groups[0]["params"][1]
+    optimizer.state[parameter] = {key: value * 2 for key, value in optimizer.state[parameter].items()}
+
+
+def forget_a_state(model: nn.Module, optimizer: Any) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][1]]
+
+
+def forget_all(model: nn.Module, optimizer: Any) -> None:
+    optimizer.state.clear()
+
+
+def add_a_group(model: nn.Module, optimizer: Any) -> None:
+    model.scale = nn.Parameter(torch.ones(()))
+    model.register_forward_hook(lambda module, inputs, output: output * module.scale)
+    optimizer.add_param_group({"params": [model.scale], "lr": 0.1})
+
+
+def replace_a_parameter(model: Any, optimizer: Any) -> None:
+    old = model[0].weight
+    model[0].weight = nn.Parameter(old.detach() * 0.5)
+    optimizer.param_groups[0]["params"][0] = model[0].weight
+    del optimizer.state[old]
+
+
+def drop_a_parameter(model: Any, optimizer: Any) -> None:
+    old = optimizer.param_groups[0]["params"].pop()
+    del optimizer.state[old]
+    old.requires_grad_(False)
+
+
+def freeze(model: Any, optimizer: Any) -> None:
+    model[0].weight.requires_grad_(False)
+
+
+def another_rate_as_tensor(model: Any, optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.003)
+
+
+CHANGES = [
+    load_own_state,
+    load_other_state,
+    replace_a_tensor,
+    replace_a_state,
+    forget_a_state,
+    forget_all,
+    add_a_group,
+    replace_a_parameter,
+    drop_a_parameter,
+    freeze,
+    another_rate_as_tensor,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(("theirs", "ours"), PAIRS)
+def test_whatever_changes_between_steps_is_followed(theirs: Any, ours: Any, change: Any) -> None:
+    pair = Pair(theirs, ours)
+    pair.train(3)
+    pair.both(change)
+    pair.train(3)
+
+
+def test_found_infinities_and_scales_are_torchs(whole: list[str]) -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(2)
+    for infinite in (1.0, 0.0):
+
+        def tell(model: nn.Module, optimizer: Any, infinite: float = infinite) -> None:
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(infinite)
+
+        pair.both(tell)
+        pair.train(1)
+    pair.both(lambda model, optimizer: (delattr(optimizer, "grad_scale"), delattr(optimizer, "found_inf")))
+    pair.train(2)
+    assert len(whole) == 3
+
+
+def test_a_copy_and_a_pickle_go_on() -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(3)
+    model, optimizer = copy.deepcopy((pair.models[1], pair.ours))
+    pair.models[1], pair.optimizers[1] = model, optimizer
+    pair.train(3)
+
+
+# -- who listens ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def everywhere() -> Iterator[list[Any]]:
+    heard: list[Any] = []
+    handle = register_optimizer_step_post_hook(lambda optimizer, args, kwargs: heard.append(optimizer))
+    yield heard
+    handle.remove()
+
+
+def test_hooks_of_all_optimizers_hear_each_step_once(everywhere: list[Any]) -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(4)
+    assert everywhere.count(pair.ours) == 4 and len(everywhere) == 8
+
+
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_hooks_of_one_hear_each_step_once(register: str) -> None:
+    pair, heard = Pair(*PAIRS[0]), []
+    pair.train(2)
+    handle = getattr(pair.ours, register)(lambda *given: heard.append(given))
+    pair.train(3)
+    handle.remove()
+    pair.train(2)
+    assert len(heard) == 3
+
+
+def test_a_profiler_sees_the_step_by_torchs_name() -> None:
+    pair = Pair(*PAIRS[1])
+    pair.train(2)
+    with torch.profiler.profile() as profiler:
+        pair.train(3)
+    names = [event.name for event in profiler.events()]
+    assert names.count("Optimizer.step#AdamW.step") == 6
+
+
+def test_a_scheduler_of_torch_and_a_closure() -> None:
+    pair = Pair(*PAIRS[1])
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2) for optimizer in pair.optimizers]
+    for _ in range(5):
+        pair.train(1)
+        for scheduler in schedulers:
+            scheduler.step()
+    losses: list[Tensor] = []
+
+    def by_closure(model: nn.Module, optimizer: Any) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 8)).square().sum()
+            loss.backward()
+            return loss
+
+        losses.append(optimizer.step(closure))
+
+    pair.both(by_closure)
+    assert torch.equal(losses[0], losses[1])
+    pair.train(2)
+
+
+def test_it_is_torchs_to_whoever_asks(whole: list[str]) -> None:
+    for theirs, ours in PAIRS:
+        assert issubclass(ours, theirs) and ours.__name__ == theirs.__name__
+
+
+@pytest.mark.parametrize("fused", [False, None])
+def test_without_the_fused_kernel_it_is_torchs(fused: bool | None, whole: list[str]) -> None:
+    pair = Pair(*PAIRS[1])
+    for optimizer in pair.optimizers:
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+    pair.train(3)
+    assert len(whole) == 3
