@@ -19,8 +19,9 @@
 Rules. Events take exactly one argument, `ctx`, and return nothing; what may be replaced is said with each event, all else is
 to be read only. Listeners run in the order of the configuration, `tryfirst` ones before and `trylast` ones after the rest.
 An exception ends the run and carries the plugin's name; only `on_run_end` and `on_exception` run every listener first.
-An event without listeners costs one comparison. Reading a value from the device (`ctx.loss`, `.item()`) waits for it: do so
-in `on_log`, where the values are on the host already, or in `on_every`, whose period is yours.
+An event without listeners costs one comparison, and so does a listener that sleeps: `@hook(not_before="attribute")` names a
+number of the component, and while `ctx.step` is less, the method is not called. Reading a value from the device (`ctx.loss`,
+`.item()`) waits for it: do so in `on_log`, where the values are on the host already, or in `on_every`, whose period is yours.
 
 Evolution. `API` is the version (major, minor) of these hooks and of the protocols that they hand over. Hooks may be added at any
 time: minor. Events keep their one argument for ever. A hook goes (major) one minor release after it was declared `retiring`, which

@@ -108,8 +108,11 @@ class Strategy:
         norm, self.norms = total_norm(grads)
         if factor is not None:
             norm = norm * factor
-        scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        if factor is not None or at_hand(scale) != 1.0:
+        known = None if factor is not None else at_hand(norm)
+        if known is not None and known < 0.99 * max_norm - 1e-5:  # far enough below for any rounding
+            return norm
+        scale = ((norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
+        if known is None or scale.item() != 1.0:
             torch._foreach_mul_(grads, scale if factor is None else scale * factor)
         return norm
 
@@ -158,7 +161,8 @@ class Strategy:
 
 def total_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
     """The 2-norm of all gradients together, a scalar on the first one's device in its type; and of each, unless types differ."""
-    if len({(g.device, g.dtype) for g in grads}) == 1 and not any(g.is_sparse for g in grads):
+    kinds = {(g.device, g.dtype, g.layout) for g in grads}
+    if len(kinds) == 1 and kinds.pop()[2] is torch.strided:
         norms = torch.stack(torch._foreach_norm(grads, 2.0))
         return torch.linalg.vector_norm(norms), norms
     return torch.nn.utils.get_total_norm(grads), None
