@@ -84,7 +84,7 @@ class SGD(FusibleOptimizer):
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.SGD` over the parameters of `ctx.model`."""
-        return self.build(torch.optim.SGD, ctx, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov)
+        return self.build(direct.SGD, ctx, momentum=self.momentum, dampening=self.dampening, nesterov=self.nesterov)
 
 
 @component

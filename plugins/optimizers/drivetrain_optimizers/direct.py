@@ -1,4 +1,4 @@
-"""torch's Adam and AdamW, whose fused kernel is called at once: same kernel, same bits, a third of the host's time.
+"""torch's Adam, AdamW and SGD, whose fused kernels are called at once: same kernel, same bits, a third of the host's time.
 
 `torch.optim` gathers every parameter's state anew in each step, sorts all by device and type, and announces the step to the
 profiler and to hooks: some 60 µs for ten small parameters whose kernel takes 9, and more with cold caches. Here the lists are
@@ -7,26 +7,18 @@ made once, and each step sees whether they still hold. Where they do not, or som
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Sequence
 from itertools import repeat
 from operator import is_, is_not
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-_WATCHERS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
+_HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 _ONE = torch.ones(())
-_PLAIN_SGD: dict[str, Any] = {
-    "weight_decay": 0.0,
-    "momentum": 0.0,
-    "dampening": 0.0,
-    "nesterov": False,
-    "maximize": False,
-    "is_first_step": False,
-}
-_ARGUMENTS = ("amsgrad", "lr", "weight_decay", "eps", "maximize")
+_UNSCALED: dict[str, Any] = {"grad_scale": None, "found_inf": None}
 
 
 class _Group(NamedTuple):
@@ -38,21 +30,28 @@ class _Group(NamedTuple):
     placements: Any  # of the shards, where they are some (DTensor)
 
 
-class _Direct(torch.optim.Adam):
-    """What both share. `_kernel` and `_whole_step` are torch's."""
+class _Direct(torch.optim.Optimizer):
+    """What they share. A subclass says which tensors of a state its kernel takes, and calls it."""
 
-    _kernel: Callable[..., None]
-    _whole_step: Callable[[Any, Any], Any]
+    _whole_step: ClassVar[Callable[[Any, Any], Any]]  # torch's
     _groups: list[_Group] | None = None  # None: torch's own step has to run first
     _states: list[dict[str, Tensor]]
     _no_grad: torch.no_grad  # made once: it is entered in every step
 
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        raise NotImplementedError
+
+    def _call(self, group: dict[str, Any], tensors: list[list[Tensor]]) -> None:
+        raise NotImplementedError
+
     def step(self, closure: Any = None) -> Any:
         """One update, as torch's."""
         if closure is None and not self._is_watched():
-            tensors = self._gathered()
-            if tensors is not None:
-                self._update(tensors)
+            gathered = self._gathered()
+            if gathered is not None:
+                with self._no_grad:
+                    for group, tensors in zip(self.param_groups, gathered, strict=True):
+                        self._call(group, tensors)
                 return None
         loss = self._whole_step(closure)
         self._groups = self._found()
@@ -62,9 +61,9 @@ class _Direct(torch.optim.Adam):
 
     def _is_watched(self) -> bool:
         """Whether hooks or a profiler are to hear of the step, or a scaler has a say in it."""
-        watchers = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _WATCHERS[0] or _WATCHERS[1]
+        hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _HOOKS[0] or _HOOKS[1]
         scaled = "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
-        return bool(watchers) or scaled or torch.autograd._profiler_enabled()
+        return bool(hooks) or scaled or torch.autograd._profiler_enabled()
 
     def _found(self) -> list[_Group] | None:
         """The lists, if the kernel can be called with them."""
@@ -72,19 +71,20 @@ class _Direct(torch.optim.Adam):
         found = []
         for group in self.param_groups:
             parameters = list(group["params"])
-            states = [self.state[p] for p in parameters if p in self.state]
-            if not states or len(states) < len(parameters):
+            if not parameters or not group["fused"] or group["differentiable"] or group.get("capturable"):
                 return None
-            if not group["fused"] or group["differentiable"] or group["capturable"]:
+            states = [self.state.get(p, {}) for p in parameters]
+            names = [name for name in self._names(group) if name != "step"]
+            if any(not isinstance(state.get(name), Tensor) for state in states for name in names):
                 return None
-            tensors = [*parameters, *(state["exp_avg"] for state in states), *(state["exp_avg_sq"] for state in states)]
+            tensors = [*parameters, *(state[name] for state in states for name in names)]
             placements = {getattr(tensor, "placements", None) for tensor in tensors}
-            if len({(p.device, p.dtype) for p in tensors}) > 1 or len(placements) > 1 or any(map(torch.is_complex, parameters)):
+            if len({(t.device, t.dtype) for t in tensors}) > 1 or len(placements) > 1 or parameters[0].is_complex():
                 return None
             found.append(_Group(group, parameters, states, *placements))
         return found
 
-    def _gathered(self) -> list[tuple[list[Tensor], ...]] | None:
+    def _gathered(self) -> list[list[list[Tensor]]] | None:
         """What the kernel takes, for each group; None where something is no longer as it was found."""
         groups, now = self._groups, self.param_groups
         if groups is None or len(groups) != len(now) or not _same(self.state.values(), self._states):
@@ -96,36 +96,21 @@ class _Direct(torch.optim.Adam):
             grads = [p.grad for p in parameters]
             if not all(map(is_not, grads, repeat(None))):
                 return None
-            averages, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
-            lists = [parameters, grads, averages, squares, [s["max_exp_avg_sq"] for s in states] if group["amsgrad"] else []]
+            try:
+                tensors: list[list[Any]] = [parameters, grads, *([s[name] for s in states] for name in self._names(group))]
+            except KeyError:  # an option has changed, which asks for more
+                return None
             if placements is not None:
-                if any(getattr(grad, "placements", None) != placements for grad in grads):  # type: ignore[union-attr]
+                if any(getattr(grad, "placements", None) != placements for grad in grads):
                     return None
-                lists = [[tensor._local_tensor for tensor in tensors] for tensors in lists]  # type: ignore[union-attr]
-            gathered.append((*lists, [s["step"] for s in states]))
-        return gathered  # type: ignore[return-value]
-
-    def _update(self, gathered: list[tuple[list[Tensor], ...]]) -> None:
-        with self._no_grad:
-            for group, (*tensors, steps) in zip(self.param_groups, gathered, strict=True):
-                _count(steps)
-                beta1, beta2 = group["betas"]
-                arguments = {name: group[name] for name in _ARGUMENTS}
-                self._kernel(*tensors, steps, beta1=beta1, beta2=beta2, grad_scale=None, found_inf=None, **arguments)
+                tensors = [[getattr(tensor, "_local_tensor", tensor) for tensor in each] for each in tensors]
+            gathered.append(tensors)
+        return gathered
 
 
-def _count(steps: list[Tensor]) -> None:
-    """Add 1 to each."""
-    if steps[0].is_cpu and steps[0].dtype == torch.float32:
-        # one call for all, where `_foreach_add_` makes one of each: SGD with the rate −1 and gradients of 1
-        torch._fused_sgd_(steps, [_ONE] * len(steps), [], lr=-1.0, **_PLAIN_SGD)
-    else:
-        torch._foreach_add_(steps, 1)
-
-
-def _same(now: Iterable[Any], before: list[Any]) -> bool:
+def _same(now: Collection[Any], before: Sequence[Any]) -> bool:
     """Whether these are the very same objects, in the same order."""
-    return len(now) == len(before) and all(map(is_, now, before))  # type: ignore[arg-type]
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,16 +118,93 @@ def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     return step if getattr(step, "hooked", False) else torch.optim.Optimizer.profile_hook_step(step)
 
 
-class Adam(_Direct):
+class _AdamFamily(_Direct):
+    kernel: ClassVar[Callable[..., None]]
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "step", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
+
+    def _call(self, group: dict[str, Any], tensors: list[list[Tensor]]) -> None:
+        parameters, grads, averages, squares, steps, *largest = tensors
+        _count(steps)
+        self.kernel(
+            parameters,
+            grads,
+            averages,
+            squares,
+            largest[0] if largest else [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+            **_UNSCALED,
+        )
+
+
+def _count(steps: list[Tensor]) -> None:
+    """Add 1 to each."""
+    if steps[0].is_cpu and steps[0].dtype == torch.float32:
+        # one call for all, where `_foreach_add_` makes one of each: SGD with the rate −1 and gradients of 1
+        _sgd(steps, [_ONE] * len(steps), [], lr=-1.0)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def _sgd(
+    parameters: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    """torch's kernel; any momentum has its buffers already."""
+    torch._fused_sgd_(
+        parameters,
+        grads,
+        buffers,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        is_first_step=False,
+        **_UNSCALED,
+    )
+
+
+class Adam(_AdamFamily, torch.optim.Adam):
     """`torch.optim.Adam`."""
 
-    _kernel = staticmethod(torch._fused_adam_)
+    kernel = staticmethod(torch._fused_adam_)
     _whole_step = _hooked(torch.optim.Adam.step)
 
 
-class AdamW(torch.optim.AdamW, _Direct):
+class AdamW(_AdamFamily, torch.optim.AdamW):
     """`torch.optim.AdamW`."""
 
-    step = _Direct.step
-    _kernel = staticmethod(torch._fused_adamw_)
+    kernel = staticmethod(torch._fused_adamw_)
     _whole_step = _hooked(torch.optim.AdamW.step)
+
+
+class SGD(_Direct, torch.optim.SGD):
+    """`torch.optim.SGD`."""
+
+    _whole_step = _hooked(torch.optim.SGD.step)
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _call(self, group: dict[str, Any], tensors: list[list[Tensor]]) -> None:
+        parameters, grads, *buffers = tensors
+        options = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+        _sgd(parameters, grads, buffers[0] if buffers else [], **options)
