@@ -211,7 +211,8 @@ class AnomalyCallback(Callback):
         """Judge the step, and veto its update, without a word to the host."""
         detector, loss, norm = self._detector, ctx.loss_tensor, ctx.grad_norm
         most_loss, most_norm = detector.known_limits
-        its_loss = its_norm = None
+        its_loss: Scalar | None = None
+        its_norm: Scalar | None = None
         if self._is_alone and loss is not None and norm is not None:
             its_loss, its_norm = at_hand(loss), at_hand(norm)
         if its_loss is None or its_norm is None or not (-NO_LIMIT <= its_loss <= most_loss and its_norm <= most_norm):

@@ -63,7 +63,7 @@ class _Direct(torch.optim.Optimizer):
         """Whether hooks or a profiler are to hear of the step, or a scaler has a say in it."""
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or _HOOKS[0] or _HOOKS[1]
         scaled = "found_inf" in self.__dict__ or "grad_scale" in self.__dict__
-        return bool(hooks) or scaled or torch.autograd._profiler_enabled()
+        return bool(hooks) or scaled or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
 
     def _found(self) -> list[_Group] | None:
         """The lists, if the kernel can be called with them."""
