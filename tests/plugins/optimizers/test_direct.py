@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from drivetrain_optimizers import direct
@@ -340,3 +343,37 @@ def test_without_the_fused_kernel_it_is_torchs(fused: bool | None, whole: list[s
             group["fused"] = fused
     pair.train(3)
     assert len(whole) == 3
+
+
+# -- sharded parameters, as FSDP's --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("classes", [ADAM, ADAMW])
+def test_shards_are_updated_in_place_and_other_layouts_by_torch(classes: Any, mesh: Any, whole: list[str]) -> None:
+    start = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    weights = [nn.Parameter(distribute_tensor(start, mesh, [Shard(0)])) for _ in classes]
+    optimizers = [cls([weight], lr=1e-2, fused=True) for cls, weight in zip(classes, weights, strict=True)]
+
+    def step(placement: Any, number: int) -> None:
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            gradient = torch.sin(start + number)
+            weight.grad = distribute_tensor(gradient, mesh, [Shard(0)]).redistribute(mesh, [placement])
+            optimizer.step()
+        one, other = (weight.full_tensor() for weight in weights)
+        assert torch.equal(one, other)
+
+    for number in range(4):
+        step(Shard(0), number)
+    assert len(whole) == 1
+    step(Replicate(), 4)
+    assert len(whole) == 2
+    step(Shard(0), 5)
+    assert len(whole) == 2
+    assert all(isinstance(state["exp_avg"], DTensor) for state in optimizers[1].state.values())
