@@ -79,7 +79,7 @@ class Turns(Callback):
 def raw(width: int, batch: int, baton: Baton, fused: bool) -> None:
     """The least that the same training needs: clipping to a norm included, as in the engine."""
     net, loss = model(width), nn.MSELoss()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused, foreach=not fused)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused)
     parameters = list(net.parameters())
     batches = list(zip(*(tensor.split(batch) for tensor in data(batch)), strict=True))
     while True:
@@ -93,9 +93,8 @@ def raw(width: int, batch: int, baton: Baton, fused: bool) -> None:
 
 
 def engine(width: int, batch: int, baton: Baton, fused: bool, folder: Path, callbacks: list[Any], log_interval: str) -> None:
-    """The engine with some callbacks."""
+    """The engine with some callbacks, and its own `adamw`, all parameters in one group as in the raw loop."""
     net = model(width)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=fused, foreach=not fused)
     config = TrainingConfig(
         max_duration="1000000st",
         per_device_batch_size=batch,
@@ -106,10 +105,12 @@ def engine(width: int, batch: int, baton: Baton, fused: bool, folder: Path, call
         standard_callbacks=False,
         device="cpu",
         precision="fp32",  # as the raw loop's
+        optimizer={"use": "adamw", "lr": 1e-3, "decay": "all", "fused": fused},
+        scheduler="constant",
     )
     turns = Turns(baton=baton)
     given = TensorDataset(*data(batch))
-    Trainer(net, config, given, loss=nn.MSELoss(), optimizer=optimizer, callbacks=[turns]).train()
+    Trainer(net, config, given, loss=nn.MSELoss(), callbacks=[turns]).train()
 
 
 def work(name: str, given: argparse.Namespace, folder: Path, parent: Connection) -> None:
@@ -119,12 +120,12 @@ def work(name: str, given: argparse.Namespace, folder: Path, parent: Connection)
         sys.stderr = io.StringIO()
     baton = Baton(parent, given.steps, time.process_time if given.cpu else time.perf_counter)
     if name == "raw loop":
-        raw(given.width, given.batch, baton, not given.foreach)
+        raw(given.width, given.batch, baton, not given.unfused)
         return
     names = {"engine": [], "all": list(CALLBACKS)}.get(name, [name])
     callbacks = [{"use": each, **CALLBACKS[each]} for each in names]
     interval = "10st" if given.logging else "100000st"
-    engine(given.width, given.batch, baton, not given.foreach, folder / name, callbacks, interval)
+    engine(given.width, given.batch, baton, not given.unfused, folder / name, callbacks, interval)
 
 
 def measure(given: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
@@ -184,7 +185,7 @@ def main() -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="show what the trainings write")
     parser.add_argument("--logging", action="store_true", help="log every 10 steps")
-    parser.add_argument("--foreach", action="store_true", help="an optimizer that is not fused")
+    parser.add_argument("--unfused", action="store_true", help="an optimizer that is not fused")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:

@@ -1,9 +1,11 @@
 """(f): several processes, Drivetrain against the script that one writes by hand, in turns within the same processes.
 
-    python tests/benchmarks/speed/ranks.py [--rounds 15] [--out FOLDER]
+    python tests/benchmarks/speed/ranks.py [--launches 5] [--rounds 9] [--out FOLDER]
 
 Starts two processes of one thread each, with torchrun for DDP and FSDP and with mpirun for MPI. Both trainings of a strategy are held open
-and take turns of a few steps, with a barrier between turns. That they send the same collectives is counted by
+and take turns of a few steps, with a barrier between turns. Where a process happens to lie in memory makes some percent, so all is
+started several times, with the one or the other built first; the speed is the median of the launches' medians, and their range
+stands beside it. That they send the same collectives is counted by
 tests/e2e/test_collectives.py.
 """
 
@@ -108,9 +110,15 @@ def engine(task: Task, strategy: str) -> Steps:
     return Trainer(model, config, data(task), loss=loss).steps()
 
 
-def turns(task: Task, strategy: str, rounds: int, barrier: Callable[[], None], rank: int, world: int) -> dict[str, list[float]]:
-    """Seconds of each turn."""
-    running = {"script": script(task, strategy, rank, world), "drivetrain": engine(task, strategy)}
+def turns(
+    task: Task, strategy: str, rounds: int, barrier: Callable[[], None], rank: int, world: int, order: list[str]
+) -> dict[str, list[float]]:
+    """Seconds of each turn; `order` is that in which the two are built."""
+    make = {"script": lambda: script(task, strategy, rank, world), "drivetrain": lambda: engine(task, strategy)}
+    running = {}
+    for name in order:
+        running[name] = make[name]()
+        next(running[name])
     length = TURN[task.model]
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for index in range(rounds + 1):
@@ -125,7 +133,7 @@ def turns(task: Task, strategy: str, rounds: int, barrier: Callable[[], None], r
     return seconds
 
 
-def work(strategy: str, rounds: int, toy: bool, target: Path) -> None:
+def work(strategy: str, rounds: int, toy: bool, target: Path, order: list[str]) -> None:
     """One process of several."""
     torch.set_num_threads(1)
     if strategy == "mpi":
@@ -138,18 +146,19 @@ def work(strategy: str, rounds: int, toy: bool, target: Path) -> None:
     rows = {}
     for name, task in TASKS.items():
         small = replace(task, batch=2, width=32, context=32) if toy else task
-        rows[name] = turns(small, strategy, rounds, barrier, rank, world)
+        rows[name] = turns(small, strategy, rounds, barrier, rank, world, order)
     if rank == 0:
         target.write_text(json.dumps(rows))
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def start(strategy: str, rounds: int, toy: bool) -> dict[str, Any]:
+def start(strategy: str, rounds: int, toy: bool, order: list[str]) -> dict[str, Any]:
     """Two processes of this file; what the first one measured."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "rows.json"
         mine = [str(Path(__file__)), "--work", strategy, "--rounds", str(rounds), "--target", str(target), *(["--toy"] * toy)]
+        mine += ["--order", *order]
         if strategy == "mpi":
             mpirun = shutil.which("mpirun", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}") or "mpirun"
             command = [mpirun, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, *mine]
@@ -163,26 +172,43 @@ def start(strategy: str, rounds: int, toy: bool) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--launches", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9, help="of each launch")
     parser.add_argument("--toy", action="store_true")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp", "mpi"])
     parser.add_argument("--out", type=Path, default=Path("benchmarks"))
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--order", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     rounds = 1 if given.toy else given.rounds
     if given.work:
-        work(given.work, rounds, given.toy, given.target)
+        work(given.work, rounds, given.toy, given.target, given.order)
         return
     rows: dict[str, Any] = {}
-    print("| | model | script, ms/step | drivetrain, ms/step | speed, script = 1 |\n| --- | --- | --- | --- | --- |")
+    print(
+        "| | model | script, ms/step | drivetrain, ms/step | speed, script = 1 | launches |\n| --- | --- | --- | --- | --- | --- |"
+    )
     for strategy in given.strategies:
-        for name, seconds in start(strategy, rounds, given.toy).items():
-            speed = statistics.median(s / d for s, d in zip(seconds["script"], seconds["drivetrain"], strict=True))
-            middle = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
-            rows[f"{strategy} {name}"] = {"ms_per_step": middle, "speed": speed}
-            print(f"| {strategy} | {name} | {middle['script']:.2f} | {middle['drivetrain']:.2f} | {speed:.3f} |", flush=True)
+        orders = [["script", "drivetrain"], ["drivetrain", "script"]]
+        launches = [
+            start(strategy, rounds, given.toy, orders[index % 2]) for index in range(1 if given.toy else given.launches)
+        ]
+        for name in TASKS:
+            speeds = [_speed(launch[name]) for launch in launches]
+            middle = {
+                who: 1e3 * statistics.median(second for launch in launches for second in launch[name][who]) for who in orders[0]
+            }
+            speed = statistics.median(speeds)
+            rows[f"{strategy} {name}"] = {"ms_per_step": middle, "speed": speed, "launches": speeds}
+            times = f"{middle['script']:.2f} | {middle['drivetrain']:.2f}"
+            print(f"| {strategy} | {name} | {times} | {speed:.3f} | {min(speeds):.3f} – {max(speeds):.3f} |", flush=True)
     save(given.out, "ranks", {"rows": rows, "rounds": rounds, "environment": environment()})
+
+
+def _speed(seconds: dict[str, list[float]]) -> float:
+    """The script's time over the engine's, turn by turn."""
+    return statistics.median(s / d for s, d in zip(seconds["script"], seconds["drivetrain"], strict=True))
 
 
 if __name__ == "__main__":
