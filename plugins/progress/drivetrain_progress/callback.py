@@ -40,7 +40,9 @@ class ProgressCallback(Callback):
     _log_due: float = attrs.field(default=NEVER, init=False, repr=False)  # when on_log does
     _begun: float = attrs.field(default=0.0, init=False, repr=False)
     _looks: float = attrs.field(default=0, init=False, repr=False)  # the step after which on_step_end looks at the clock
-    _looked: tuple[int, float] = attrs.field(default=(0, 0.0), init=False, repr=False)  # the step and the time of the last look
+    _looked: list[float] = attrs.field(
+        factory=lambda: [0, 0.0], init=False, repr=False
+    )  # the step and the time of the last look
     _first: Any = attrs.field(default=None, init=False, repr=False)  # (time, position) after the first step of this sitting
     _values: list[str] = attrs.field(factory=list, init=False, repr=False)
     _batches: int = attrs.field(default=0, init=False, repr=False)
@@ -61,18 +63,18 @@ class ProgressCallback(Callback):
     @hook(not_before="_looks")
     def on_step_end(self, ctx: CallbackContext) -> None:
         """Move on, a few times a second at most."""
-        now = monotonic()
+        now, pace = monotonic(), self._view.pace
         if self._first is None:
             self._first = (now, ctx.position)
+        step, then = self._looked
+        if (now - then) * 8 < pace / 4 * (ctx.step - step):  # eight such steps take a quarter of that time
+            self._looks = ctx.step + 8
+        self._looked[:] = ctx.step, now
         if now >= self._due:
-            self._due = now + self._view.pace
+            self._due = now + pace
             if not self._view.live:  # the new values of a log are worth a drawing at once, but not a line of a file
                 self._log_due = self._due
-            self._draw(ctx)
-        step, then = self._looked
-        if (now - then) * 8 < self._view.pace / 4 * (ctx.step - step):  # eight such steps take a quarter of that time
-            self._looks = ctx.step + 8
-        self._looked = (ctx.step, now)
+            self._draw(ctx)  # which closes the view when its stream is gone
 
     @hook(trylast=True)
     def on_log(self, ctx: CallbackContext) -> None:

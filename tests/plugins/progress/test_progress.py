@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pty
@@ -379,7 +380,7 @@ def test_learning_rates() -> None:
 
 
 def test_a_step_costs_a_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted, not timed: between two drawings `on_step_end` calls `monotonic` and nothing else."""
+    """Counted, not timed: between two drawings `on_step_end` calls `monotonic` and draws nothing."""
     with pipe(monkeypatch):
         bar = ProgressCallback(seconds=1000.0)
         ctx = SimpleNamespace(step=1, position=1, run_length=10, run_unit="st", is_main=True)
@@ -390,10 +391,26 @@ def test_a_step_costs_a_look_at_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
             lambda frame, event, arg: calls.append(getattr(arg, "__name__", frame.f_code.co_name)) if "call" in event else None
         )
         try:
-            bar.on_step_end(object())  # reads nothing of the context
+            bar.on_step_end(SimpleNamespace(step=2))  # reads nothing else of the context
         finally:
             sys.setprofile(None)
-    assert calls[:2] == ["on_step_end", "monotonic"] and set(calls[2:]) <= {"setprofile"}
+    remembering = ("__setattr__", "wrapped_pipe", "convert", "validate")  # when to look again, of short steps
+    assert calls[:2] == ["on_step_end", "monotonic"] and set(calls[2:]) <= {"setprofile", *remembering}
+
+
+@pytest.mark.parametrize(("pause", "least", "most"), [(0.0, 9, 40), (0.03, 80, 80)])
+def test_of_short_steps_it_looks_at_each_eighth(pause: float, least: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, own = [], ProgressCallback.on_step_end
+
+    @functools.wraps(own)  # its place and its sleep with it
+    def counted(self: ProgressCallback, ctx: Any) -> None:
+        looks.append(ctx.step)
+        own(self, ctx)
+
+    monkeypatch.setattr(ProgressCallback, "on_step_end", counted)
+    with terminal(monkeypatch):
+        trainer(ProgressCallback(), max_duration="80st", pause=pause, eval_interval=False, log_interval="1000st").train()
+    assert least <= len(looks) <= most
 
 
 def test_it_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
