@@ -112,7 +112,7 @@ class Strategy:
         if known is not None and known < 0.99 * max_norm - 1e-5:  # far enough below for any rounding
             return norm
         scale = ((norm + 1e-6).reciprocal() * max_norm).clamp(max=1.0)
-        if known is None or scale.item() != 1.0:
+        if known is None or at_hand(scale) != 1.0:
             torch._foreach_mul_(grads, scale if factor is None else scale * factor)
         return norm
 

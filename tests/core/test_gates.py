@@ -29,6 +29,7 @@ class Listening(Callback):
 
 
 def trainer(steps: int, *callbacks: Any, log_interval: str = "100000st") -> Trainer:
+    torch.manual_seed(0)  # whether a norm comes near its limit decides a call
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     config = TrainingConfig(
