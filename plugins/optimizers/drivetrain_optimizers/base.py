@@ -120,4 +120,6 @@ def _is_right(cls: type[torch.optim.Optimizer], device: torch.device, dtype: tor
             numbers.grad = (frequency * torch.linspace(-1, 1, 64, device=device)).cos().to(its_dtype)
             optimizer.step()
         ends.append(numbers.detach().double())
+    if type(ends[0]) is not torch.Tensor:  # in a simulation there are no numbers
+        return True
     return torch.allclose(ends[0], ends[1], rtol=0.0, atol=1e-6 + 4 * torch.finfo(dtype).eps)

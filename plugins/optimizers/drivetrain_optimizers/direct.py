@@ -147,7 +147,8 @@ class _AdamFamily(_Direct):
 
 def _count(steps: list[Tensor]) -> None:
     """Add 1 to each."""
-    if steps[0].is_cpu and steps[0].dtype == torch.float32:
+    first = steps[0]
+    if type(first) is Tensor and first.is_cpu and first.dtype == torch.float32:
         # one call for all, where `_foreach_add_` makes one of each: SGD with the rate −1 and gradients of 1
         _sgd(steps, [_ONE] * len(steps), [], lr=-1.0)
     else:

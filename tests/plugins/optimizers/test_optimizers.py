@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from drivetrain import ConfigError, OptimizerComponent, make_component
 from drivetrain_optimizers import Adam, AdamW
@@ -311,6 +312,13 @@ def test_on_a_device_without_fused_kernels_the_plain_one_is_taken() -> None:
     model = Model().to("meta")
     optimizer = make("adamw", model)
     assert [g["fused"] for g in optimizer.param_groups] == [None, None]
+
+
+@pytest.mark.parametrize("name", FUSIBLE)
+def test_a_simulation_without_numbers_takes_the_fused_kernel(name: str) -> None:
+    with FakeTensorMode():
+        optimizer = make(name, Model(torch.float32))
+    assert {group["fused"] for group in optimizer.param_groups} == {True}
 
 
 @pytest.fixture
