@@ -103,7 +103,6 @@ class AnomalyCallback(Callback):
     _names: list[str] = attrs.field(factory=list, init=False, repr=False)
     _sharded: bool = attrs.field(default=False, init=False, repr=False)
     _scaled: bool = attrs.field(default=False, init=False, repr=False)
-    _is_alone: bool = attrs.field(default=True, init=False, repr=False)
     _shares_loss: bool = attrs.field(default=False, init=False, repr=False)
     _loss_counts: bool = attrs.field(
         default=True, init=False, repr=False
@@ -185,8 +184,7 @@ class AnomalyCallback(Callback):
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
         self._ctx, self._scaled = ctx, ctx.precision.scales and ctx.precision.dtype == torch.float16
-        self._is_alone = ctx.strategy.world_size == 1
-        self._shares_loss = not self._is_alone and self.loss_factor is not None
+        self._shares_loss = ctx.strategy.world_size > 1 and self.loss_factor is not None
         self._sharded = any(hasattr(p, "to_local") for p in self._parameters)
         if self._detector is None:
             self._detector = Detector.on(ctx.device, self.loss_factor, self.norm_factor, self.warmup, self.decay)
@@ -213,7 +211,7 @@ class AnomalyCallback(Callback):
         most_loss, most_norm = detector.known_limits
         its_loss: Scalar | None = None
         its_norm: Scalar | None = None
-        if self._is_alone and loss is not None and norm is not None:
+        if ctx.strategy.world_size == 1 and loss is not None and norm is not None:
             its_loss, its_norm = at_hand(loss), at_hand(norm)
         if its_loss is None or its_norm is None or not (-NO_LIMIT <= its_loss <= most_loss and its_norm <= most_norm):
             its_loss, its_norm = self._examine(ctx)

@@ -18,6 +18,15 @@ from torch.optim import optimizer as torch_optimizer
 
 _HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
 _ONE = torch.ones(())
+_PLUS_ONE: dict[str, Any] = {
+    "lr": -1.0,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "weight_decay": 0.0,
+    "nesterov": False,
+    "maximize": False,
+    "is_first_step": False,
+}
 _UNSCALED: dict[str, Any] = {"grad_scale": None, "found_inf": None}
 
 
@@ -150,37 +159,9 @@ def _count(steps: list[Tensor]) -> None:
     first = steps[0]
     if type(first) is Tensor and first.is_cpu and first.dtype == torch.float32:
         # one call for all, where `_foreach_add_` makes one of each: SGD with the rate −1 and gradients of 1
-        _sgd(steps, [_ONE] * len(steps), [], lr=-1.0)
+        torch._fused_sgd_(steps, [_ONE] * len(steps), [], **_PLUS_ONE)
     else:
         torch._foreach_add_(steps, 1)
-
-
-def _sgd(
-    parameters: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor],
-    *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
-) -> None:
-    """torch's kernel; any momentum has its buffers already."""
-    torch._fused_sgd_(
-        parameters,
-        grads,
-        buffers,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        is_first_step=False,
-        **_UNSCALED,
-    )
 
 
 class Adam(_AdamFamily, torch.optim.Adam):
@@ -208,4 +189,5 @@ class SGD(_Direct, torch.optim.SGD):
     def _call(self, group: dict[str, Any], tensors: list[list[Tensor]]) -> None:
         parameters, grads, *buffers = tensors
         options = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-        _sgd(parameters, grads, buffers[0] if buffers else [], **options)
+        # any momentum has its buffers already
+        torch._fused_sgd_(parameters, grads, buffers[0] if buffers else [], is_first_step=False, **options, **_UNSCALED)

@@ -40,9 +40,7 @@ class ProgressCallback(Callback):
     _log_due: float = attrs.field(default=NEVER, init=False, repr=False)  # when on_log does
     _begun: float = attrs.field(default=0.0, init=False, repr=False)
     _looks: float = attrs.field(default=0, init=False, repr=False)  # the step after which on_step_end looks at the clock
-    _looked: list[float] = attrs.field(
-        factory=lambda: [0, 0.0], init=False, repr=False
-    )  # the step and the time of the last look
+    _looked: list[float] = attrs.field(factory=lambda: [0, 0.0], init=False, repr=False)  # (step, time) of the last look
     _first: Any = attrs.field(default=None, init=False, repr=False)  # (time, position) after the first step of this sitting
     _values: list[str] = attrs.field(factory=list, init=False, repr=False)
     _batches: int = attrs.field(default=0, init=False, repr=False)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from drivetrain import Callback, CallbackContext, ConfigError, Precision, Trainer, TrainingConfig, component, option
+from drivetrain_optimizers import direct
 
 RATES = {
     "adamw": 1e-2,
@@ -73,7 +74,8 @@ def test_the_loss_falls(spec: dict[str, Any]) -> None:
 
 
 def test_the_default_optimizer_is_adamw() -> None:
-    assert isinstance(trainer(make_model(), None).ctx.optimizer, torch.optim.AdamW)
+    assert type(trainer(make_model(), None).ctx.optimizer) is direct.AdamW
+    assert issubclass(direct.AdamW, torch.optim.AdamW)
 
 
 def test_a_run_by_name_is_bit_equal_to_torchs_own_loop() -> None:
