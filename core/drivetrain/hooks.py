@@ -95,31 +95,17 @@ class RunPluginManager(pluggy.PluginManager):
 def bind(pm: RunPluginManager, event: str, only: Component | None = None) -> Event | None:
     """Resolve one event (of one component, if `only` is given) into a function, or None when nobody listens."""
     found = [(call, thing) for call, thing in pm.listeners(event) if only is None or thing is only]
-    calls = tuple((call, _note(event, thing)) for call, thing in found)
-    if not calls:
+    if not found:
         return None
     if event in _RUN_ALL:
-        return _run_all(calls, event)
-    sleep = [(thing, _marks(getattr(thing, event)).get("not_before")) for _, thing in found]
-    if all(name is None for _, name in sleep):
-        return _run_in_order(calls)
-    return _run_awake(tuple((*call, *asleep) for call, asleep in zip(calls, sleep, strict=True)))
+        return _run_all(tuple((call, _note(event, thing)) for call, thing in found), event)
+    return _run_in_order(
+        tuple((call, _note(event, thing), thing, _marks(getattr(thing, event)).get("not_before")) for call, thing in found)
+    )
 
 
-def _run_in_order(calls: tuple[tuple[Event, str], ...]) -> Event:
-    def dispatch(ctx: Any) -> None:
-        for call, note in calls:
-            try:
-                call(ctx)
-            except Exception as error:
-                error.add_note(note)
-                raise
-
-    return dispatch
-
-
-def _run_awake(calls: tuple[tuple[Event, str, Component, str | None], ...]) -> Event:
-    """The same without the listeners that sleep: see `hook`."""
+def _run_in_order(calls: tuple[tuple[Event, str, Component, str | None], ...]) -> Event:
+    """One after the other, without those that sleep: see `hook`."""
 
     def dispatch(ctx: Any) -> None:
         for call, note, thing, not_before in calls:
