@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 import threading
@@ -133,11 +134,15 @@ class Turn:
 
     def _take(self) -> None:
         for generator in self._generators:
-            holder = _holders.get(generator)
-            if holder is not self:
-                _states[generator, holder] = _get(generator)
-                _set(generator, _states.pop((generator, self), _states[generator, None]))
-                _holders[generator] = self
+            if _holders.get(generator) is not self:
+                with _uncollected():
+                    self._change(generator)
+
+    def _change(self, generator: object) -> None:
+        holder = _holders.get(generator)
+        _states[generator, holder] = _get(generator)
+        _set(generator, _states.pop((generator, self), _states[generator, None]))
+        _holders[generator] = self
 
     def end(self) -> None:
         """The run is over: the state that it has put back is that of code outside of runs."""
@@ -147,9 +152,8 @@ class Turn:
                 del _holders[generator]
 
 
-def in_turns(device: torch.device, steps: Generator[Any, None, None]) -> Generator[Any, None, None]:
+def in_turns(turn: Turn, steps: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """Each item of `steps`, computed in one turn; between two of them other runs may have theirs."""
-    turn = Turn(device)
     try:
         while True:
             with turn:
@@ -161,6 +165,18 @@ def in_turns(device: torch.device, steps: Generator[Any, None, None]) -> Generat
         with turn:
             steps.close()
             turn.end()
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A block in which no garbage is collected: a run that was left in a cycle ends when it is, and takes its turn for that."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _get(generator: Any) -> Any:

@@ -27,7 +27,7 @@ from drivetrain.manifest import Change, compare, describe
 from drivetrain.output import Step, TrainOutput
 from drivetrain.precision import Precision
 from drivetrain.registry import load, naming
-from drivetrain.rng import full_state, in_turns, mix, seed_all, set_full_state
+from drivetrain.rng import Turn, full_state, in_turns, mix, seed_all, set_full_state
 from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
 
@@ -83,7 +83,8 @@ class Trainer:
             raise DrivetrainError(f"args must be a TrainingConfig, not {type(args).__name__}; see load_training_config.")
         self._run_dir: Path | None = None
         self._started: float | None = None
-        self._rng: Mapping[str, Any] | None = None
+        self._rng: Mapping[str, Any] | None = None  # of the end of the last sitting in this process
+        self._saved_rng: list[Mapping[str, Any]] = []  # of all that share no data, as it was loaded
         self._description: dict[str, Any] | None = None
         self._restored = False
         self.resume_changes: list[Change] = []  # what differs from the run as it was saved, once a state has been restored
@@ -107,6 +108,7 @@ class Trainer:
         )
         with _judged(self.ctx), naming(config.plugins):
             self._run = Run(given, self.ctx)
+        self._turn = Turn(self.ctx.device)
 
     # -- training ----------------------------------------------------------------------------------------------------------
 
@@ -135,7 +137,7 @@ class Trainer:
         all end as if they were the only one. Data that one of them waits for must not come from another's step. Code outside of
         runs that draws from the global generators meanwhile (a new model's weights) draws from the numbers of the run that has them.
         """
-        steps = in_turns(self.ctx.device, self._sitting(resume))
+        steps = in_turns(self._turn, self._sitting(resume))
         close = partial(_close, weakref.ref(steps))  # a loop that was left lives as long as the caller keeps its iterator
         atexit.register(close)
         weakref.finalize(steps, atexit.unregister, close).atexit = False
@@ -311,7 +313,7 @@ class Trainer:
             own: of sharded weights and their optimizer's state, this process's part instead of the whole on rank 0.
         """
         ctx, strategy = self.ctx, self.ctx.strategy
-        each = strategy.gather((full_state(ctx.device), self._run.loop.unlogged()))
+        each = strategy.gather((self._random(), self._run.loop.unlogged()))
         each = each[
             :: strategy.world_size // strategy.data_ranks
         ]  # those that share data share their random numbers and losses
@@ -374,7 +376,8 @@ class Trainer:
         if len(saved["unlogged"]) == ctx.strategy.data_ranks:  # else their means are of other samples: the next log begins anew
             run.loop.load_unlogged(saved["unlogged"][ctx.strategy.data_rank])
         # Opening the data draws random numbers; the model's must go on from where they were when the state was saved.
-        run.loop.on_resume = partial(self._restore_rng, saved["rng"])
+        self._saved_rng = saved["rng"]
+        run.loop.on_resume = self._restore_rng
         self._restored = ctx.resumed = True
 
     def _load_progress(self, saved: Mapping[str, Any]) -> None:
@@ -399,9 +402,19 @@ class Trainer:
             listed = "".join(f"\n  {change}" for change in said)
             warnings.warn(f"the run goes on with changes:{listed}", stacklevel=2)
 
-    def _restore_rng(self, saved: list[Mapping[str, Any]]) -> None:
+    def _random(self) -> Mapping[str, Any]:
+        """The random state that this run goes on with, whoever has the generators now."""
+        ctx, saved = self.ctx, self._saved_rng
+        if self._run.loop.on_resume is not None and len(saved) == ctx.strategy.data_ranks:  # loaded, and not put back yet
+            return saved[ctx.strategy.data_rank]
+        if self._started is None:
+            return full_state(ctx.device) if self._rng is None else self._rng
+        with self._turn:
+            return full_state(ctx.device)
+
+    def _restore_rng(self) -> None:
         """Put back this rank's random state; for another number of ranks there is none, and each gets a new one."""
-        rank, ranks = self.ctx.strategy.data_rank, self.ctx.strategy.data_ranks
+        rank, ranks, saved = self.ctx.strategy.data_rank, self.ctx.strategy.data_ranks, self._saved_rng
         if len(saved) == ranks:
             set_full_state(saved[rank], self.ctx.device)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import random
 import re
@@ -112,7 +114,7 @@ def test_trainers_in_threads_equal_their_solo_runs() -> None:
 def test_without_turns_they_would_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: the same threads with one shared stream of random numbers."""
     solo = [alone(maker) for maker in MAKERS]
-    monkeypatch.setattr("drivetrain.trainer.in_turns", lambda device, steps: steps)
+    monkeypatch.setattr("drivetrain.trainer.in_turns", lambda turn, steps: steps)
     together = in_threads(MAKERS)
     assert not all(torch.equal(one, other) for one, other in zip(solo, together, strict=True))
 
@@ -141,6 +143,59 @@ def test_trainers_in_one_thread_may_take_turns() -> None:
         pass
     assert all(torch.equal(one, weights(trainer)) for one, trainer in zip(solo, trainers, strict=True))
     assert torch.equal(torch.rand(3), expected), "the caller's random state is as it was"
+
+
+@pytest.mark.parametrize("taken", ["between steps", "after the end", "before going on"])
+def test_a_state_has_the_random_numbers_of_its_own_run(taken: str) -> None:
+    """Whoever has the generators when it is taken: another trainer, or the caller."""
+    solo = alone(MAKERS[0])
+    one, other = MAKERS[0](), MAKERS[1]()
+    steps, others = one.steps(), other.steps()
+    for _ in range(5):
+        next(steps), next(others)
+    if taken == "after the end":
+        steps.close()
+    saved = copy.deepcopy(one.state_dict())
+    others.close()
+    if taken == "before going on":
+        steps.close()
+        between = MAKERS[0]()
+        between.load_state_dict(saved)
+        torch.rand(3)
+        saved = copy.deepcopy(between.state_dict())
+    second = MAKERS[0]()
+    second.load_state_dict(saved)
+    second.train()
+    assert torch.equal(weights(second), solo)
+
+
+def test_runs_may_change_places_while_left_ones_are_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A left run that a cycle keeps ends in the middle of whatever makes an object, such as a change of turns."""
+    solo = [alone(maker) for maker in MAKERS[:2]]
+    get, thresholds = rng._get, gc.get_threshold()
+
+    def leave() -> None:
+        steps = make(3).steps()
+        next(steps)
+        cycle: list[Any] = [steps]
+        cycle.append(cycle)
+
+    def collecting(generator: Any) -> Any:
+        if gc.isenabled():  # as the collector may by itself
+            gc.collect()
+        return get(generator)
+
+    gc.collect()
+    gc.set_threshold(0)
+    try:
+        monkeypatch.setattr(rng, "_get", collecting)
+        trainers = [maker() for maker in MAKERS[:2]]
+        for number, _ in enumerate(zip(*(trainer.steps() for trainer in trainers), strict=True)):
+            if number == 3:
+                leave()
+    finally:
+        gc.set_threshold(*thresholds)
+    assert all(torch.equal(one, weights(trainer)) for one, trainer in zip(solo, trainers, strict=True))
 
 
 def test_a_run_inside_another_ones_callback_disturbs_neither() -> None:

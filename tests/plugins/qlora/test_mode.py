@@ -198,8 +198,8 @@ class TestState:
         second = built()
         second.load_state_dict(saved)
         second.train()
-        expected, found = whole.model.state_dict(), second.model.state_dict()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        torch.testing.assert_close(second.output.losses, whole.output.losses[3:], rtol=0, atol=0)
+        torch.testing.assert_close(dict(second.model.state_dict()), dict(whole.model.state_dict()), rtol=0, atol=0)
 
     def test_another_base_model_is_refused(self, make_model: Callable[..., Any], samples: list[Any]) -> None:
         saved = trainer_of(make_model(), samples).state_dict()
