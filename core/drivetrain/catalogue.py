@@ -70,6 +70,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
         "drivetrain-gc": ("gc",),
         "drivetrain-goodput": ("goodput",),
         "drivetrain-gradient-stats": ("gradient_stats",),
+        "drivetrain-in-backward": ("optimizer_in_backward",),
         "drivetrain-ledger": ("ledger",),
         "drivetrain-lm": ("sample_text",),
         "drivetrain-transformers": ("sample_prompts",),

@@ -80,6 +80,9 @@ class Component:
     kind: ClassVar[str] = "component"
     # Whether a run that goes on with other options of this is warned of; by default told by whether it has events within steps.
     changes_training: ClassVar[bool | None] = None
+    # Whether its on_gradients, on_clipped and on_optimizer_step, if it has them, can do without gradients; see
+    # `CallbackContext.updates_in_backward`.
+    without_gradients: ClassVar[bool] = False
     plugin_name: str = attrs.field(default="", init=False, repr=False)  # "callback:early_stopping", set when a run adopts it
     origin: str = attrs.field(default="", init=False, repr=False)  # "drivetrain-early-stopping 0.1.0", or the class's module
 

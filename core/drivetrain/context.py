@@ -76,6 +76,7 @@ class CallbackContext:
     # -- the step's results, scalars on the device
     loss_tensor: Tensor | None = None  # with several ranks, this one's share: the mean over ranks is the loss
     grad_norm: Tensor | None = None  # before clipping; None when nothing needed it
+    updates_in_backward: bool = False  # weights change during backward, and no gradients are left when it is over
     veto: Tensor | bool | None = None  # (may be set in on_gradients and on_clipped) unless it is 0, this update changes nothing
 
     # -- values on the host

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, at_hand, component, hook, option, state
+from drivetrain import Callback, ConfigError, Problem, at_hand, component, hook, option, state
 from drivetrain_anomaly.detect import (
     NO_LIMIT,
     Detector,
@@ -73,7 +73,12 @@ class AnomalyCallback(Callback):
     a fused optimizer leaves a bad update out by itself. Before any other, the host reads one value a step; with a loss scale only if
     spikes are to be kept out.
     `loss_factor` with several processes costs an all-reduce of one number a step.
+
+    Where weights are updated during backward (drivetrain-in-backward) the loss alone is judged, and what it tells comes after the
+    update: `skip` is refused, the other policies do as ever.
     """
+
+    without_gradients: ClassVar[bool] = True
 
     nonfinite: Policy = option(default="raise", help="what to do about NaN and infinity: raise, skip, rollback or ignore")
     spike: Policy = option(default="ignore", help="what to do about spikes")
@@ -179,7 +184,13 @@ class AnomalyCallback(Callback):
     # -- events ----------------------------------------------------------------------------------------------------------
 
     def on_run_start(self, ctx: CallbackContext) -> None:
-        """Settle what each step needs."""
+        """Settle what each step needs.
+
+        Raises:
+            ConfigError: for what cannot be done when weights are updated during backward.
+        """
+        if ctx.updates_in_backward and (problems := list(self._without_gradients())):
+            raise ConfigError(problems)
         names = {id(p): name for name, p in ctx.model.named_parameters()}
         self._parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
         self._names = [names.get(id(p), "?").removeprefix("module.").replace("_orig_mod.", "") for p in self._parameters]
@@ -193,6 +204,8 @@ class AnomalyCallback(Callback):
         self._set_guard()
         self._loss_counts = self.loss_factor is not None or ctx.strategy.world_size == 1
         vetoed = {"spikes": self.spike != "ignore", "nonfinite": self.nonfinite != "ignore" and not self._scaled}
+        if ctx.updates_in_backward:  # too late for a veto
+            vetoed = dict.fromkeys(vetoed, False)
         self._judge = judge_for(ctx.device, self._loss_counts, self.loss_factor is not None, **vetoed)
         self._judge_at_hand = judge_at_hand(self._loss_counts, self.loss_factor is not None, **vetoed)
         ctx.left_out |= set(self.left_out)
@@ -226,7 +239,9 @@ class AnomalyCallback(Callback):
         """Loss and norm of a step that may not be as the others, judged and remembered."""
         loss, norm, norms = ctx.loss_tensor, ctx.grad_norm, ctx.strategy.norms
         assert loss is not None
-        if norm is None:  # nothing else needed it
+        if ctx.updates_in_backward:
+            norm = torch.zeros_like(loss)
+        elif norm is None:  # nothing else needed it
             norms = self._own_norms()
             norm = torch.linalg.vector_norm(norms)
         if self._shares_loss:
@@ -296,6 +311,14 @@ class AnomalyCallback(Callback):
     @property
     def _rolls_back(self) -> bool:
         return "rollback" in (self.nonfinite, self.spike)
+
+    def _without_gradients(self) -> Iterator[Problem]:
+        why = "with optimizer_in_backward, which has made the update when a step is judged"
+        for name in ("nonfinite", "spike"):
+            if getattr(self, name) == "skip":
+                yield Problem(f"callbacks.anomaly.{name}", f"cannot be skip {why}; possible: raise, rollback, ignore")
+        if self.spike != "ignore" and self.loss_factor is None:
+            yield Problem("callbacks.anomaly.loss_factor", f"is needed to find spikes {why}: there is no gradient norm")
 
     def _policy(self, anomaly: Anomaly) -> Policy:
         return self._policy_of(anomaly.kind)
@@ -368,7 +391,7 @@ class AnomalyCallback(Callback):
         samples = samples_of(ctx, row.epoch, row.window)
         seen = not norm <= limit or (of_loss and self._loss_counts and not (self._scaled and kind == "nonfinite"))
         by_scale = self._scaled and not math.isfinite(norm)
-        left_out = by_scale or (seen and self._policy_of(kind) != "ignore")
+        left_out = by_scale or (seen and self._policy_of(kind) != "ignore" and not ctx.updates_in_backward)
         return Anomaly(kind, row.step, row.epoch, row.window, loss, norm, tensor, samples, left_out)
 
     def _gradient_to_blame(self, row: Unread) -> str:

@@ -69,6 +69,7 @@ class CheckpointCallback(Callback):
     """
 
     changes_training: ClassVar[bool] = False  # within steps it waits for copies, and changes nothing
+    without_gradients: ClassVar[bool] = True
 
     every: Duration = option(default=Duration(500, "st"), help="how often to save, such as '500st', '1ep' or '15min'")
     keep_last: int | None = option(default=3, validator=_at_least_one, help="how many of the newest to keep; null for all")
@@ -136,7 +137,7 @@ class CheckpointCallback(Callback):
             raise DrivetrainError(f"checkpoint tells the best by {self.best}, but the run {lacks}.")
         tree = ctx.state_dict(own=is_divided(ctx))
         changing = [name for event in _BEFORE_THE_STEP for name in ctx.trainer.listeners().get(event, [])]
-        self._changes_early = any(name.startswith("optimizer:") for name in changing)
+        self._changes_early = ctx.updates_in_backward or any(name.startswith("optimizer:") for name in changing)
         if is_divided(ctx):
             layout = _layout_of(ctx)
             on_every_rank(ctx, lambda: pack_own(tree, layout))

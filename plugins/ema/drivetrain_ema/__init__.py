@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import attrs
 import torch
@@ -44,6 +44,8 @@ class EmaCallback(Callback):
     are. A step that is left out because gradients overflowed is no update. The averages are part of every checkpoint, beside the
     weights; sharded weights (FSDP) are averaged shard by shard.
     """
+
+    without_gradients: ClassVar[bool] = True
 
     decay: float = option(default=0.999, validator=_decay, help="d, the share of the old average that an update keeps")
     warmup: bool = option(default=True, help="begin with a smaller decay")

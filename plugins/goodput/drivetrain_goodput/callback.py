@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
@@ -50,6 +50,8 @@ class GoodputCallback(Callback):
     works on after the host has launched its work, the time shows up where the host waits. Nothing waits for the device; a step
     costs some 10 readings of the clock, and one call more for each listener.
     """
+
+    without_gradients: ClassVar[bool] = True
 
     show: bool = option(default=True, help="print the table when the run ends")
 

@@ -87,7 +87,7 @@ def checks_for(thing: Any, kind: str | None = None, **setting: Any) -> list[Chec
     Args:
         thing: a component with its options, or what the entry point of another kind names.
         kind: its kind, where it does not show.
-        setting: `model`, `data`, `loss`, `environment`, `budget`, `allow`, see `Subject`.
+        setting: `model`, `data`, `loss`, `environment`, `budget`, `allow`, `config`, see `Subject`.
 
     Raises:
         PluginError: when the kind is unknown.

@@ -44,6 +44,7 @@ class Subject:
         budget: for callbacks, trackers and schedulers: how many calls of Python an ordinary step may cost.
         allow: distributions whose plugins this one may name.
         device: where its runs compute.
+        config: keys of the configuration that its runs need.
     """
 
     thing: Any
@@ -55,6 +56,7 @@ class Subject:
     budget: int = 200
     allow: tuple[str, ...] = ()
     device: str = "cpu"
+    config: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def cls(self) -> type:
@@ -138,8 +140,14 @@ class Subject:
         """The same without the plugin, for the kinds that a run can do without."""
         return self._trainer(None, callbacks, given)
 
-    def _trainer(self, thing: Any, callbacks: tuple[Any, ...], given: dict[str, Any]) -> Trainer:
-        given = {"steps": 8, "log_interval": f"{_NEVER}st", "model": self.model and self.model(), "loss": self.loss} | given
+    def _trainer(self, thing: Any, callbacks: tuple[Any, ...], checked: dict[str, Any]) -> Trainer:
+        given: dict[str, Any] = {
+            "steps": 8,
+            "log_interval": f"{_NEVER}st",
+            "model": self.model and self.model(),
+            "loss": self.loss,
+        }
+        given |= {**self.config, **checked}
         given = {"device": self.device, "resume": "never", "output_dir": self.folder, "eval_interval": f"{_NEVER}st"} | given
         if self.data is not None:
             given = {"train_dataset": self.data(), "eval_dataset": self.data()} | given
