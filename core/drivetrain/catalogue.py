@@ -66,6 +66,7 @@ FIRST_PARTY: dict[str, dict[str, tuple[str, ...]]] = {
         "drivetrain-ema": ("ema",),
         "drivetrain-anomaly": ("anomaly",),
         "drivetrain-audit": ("audit",),
+        "drivetrain-cuda-graphs": ("cuda_graphs",),
         "drivetrain-finders": ("lr_finder", "batch_size_finder", "workers_finder"),
         "drivetrain-gc": ("gc",),
         "drivetrain-goodput": ("goodput",),

@@ -107,6 +107,15 @@ class MakeSpecs:
         The position counts in `ctx.run_unit`; `ctx.run_length` is where the run ends; `ctx.position_of` converts durations.
         """
 
+    @choose_one
+    def make_gradients_wrapper(self, ctx: CallbackContext) -> Callable[[Any], Any]:
+        """Return `wrap(gradients)`, whose result takes the place of `gradients(window)`: forward and backward of a step's microbatches.
+
+        The window has `batches` on their way to the device, `counts` of samples, and their `total`. It sets `ctx.loss_tensor` and the
+        parameters' gradients, and returns a scalar that these are still to be multiplied by, or None. Called with fewer samples in a
+        microbatch when memory has run out, and not at all for what is tried out beside the training.
+        """
+
     @spec
     def make_listener_wrapper(self, ctx: CallbackContext) -> Callable[[Any, str, Any], Any]:
         """Return `wrap(call, event, component)`, whose result takes the place of each listener `call(ctx)`: to time or trace them.

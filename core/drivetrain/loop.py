@@ -53,9 +53,11 @@ class Loop:
         schedule: Callable[[float], float] | None,
         max_grad_norm: float | None,
         transfer: Callable[[Any], Any] | None,
+        wrap: Callable[[Callable[[Window], Tensor | None]], Callable[[Window], Tensor | None]] | None = None,
     ) -> None:
         self.ctx, self.events, self.agenda, self.source, self.call = ctx, events, agenda, source, call
         self.schedule, self.max_grad_norm, self.transfer = schedule, max_grad_norm, transfer
+        self._gradients = self.gradients if wrap is None else wrap(self.gradients)
         self.losses: list[Tensor] = []  # one scalar on the device for each step since the last log
         self._folded = 0  # more steps than one whose sum the first of them is
         self.on_resume: Callable[[], None] | None = None  # puts random states back once the data is open
@@ -154,7 +156,7 @@ class Loop:
         if self.schedule is not None:  # of the position before this step, whatever it is counted in
             self._set_learning_rate(self.schedule(ctx.position))
         try:
-            factor = self.gradients(window)
+            factor = self._gradients(window)
         except (RuntimeError, MemoryError) as error:
             factor = self._gradients_of_smaller(error)
         applied = self.update(factor)

@@ -108,6 +108,7 @@ class Run:
             self._schedule(),
             self.config.max_grad_norm or None,
             self.transfer,
+            self.pm.choose("make_gradients_wrapper", ctx),
         )
         self._fill_agenda()
 

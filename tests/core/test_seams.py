@@ -151,3 +151,39 @@ def test_a_wrapper_stands_between_the_loop_and_every_listener(tmp_path: Path) ->
 
     trainer(tmp_path, Trace(), Veto(steps=[]), max_duration="1st").train()
     assert calls == [(event, "callback:Veto") for event in ("on_run_start", "on_clipped", "on_step_end")]
+
+
+def test_a_wrapper_takes_the_place_of_forward_and_backward(tmp_path: Path) -> None:
+    seen: list[tuple[int, list[int], int]] = []
+
+    @component
+    class Twice(Callback):
+        """Makes gradients twice as large, as a factor and in place."""
+
+        in_place: bool
+
+        def make_gradients_wrapper(self, ctx: Any) -> Any:
+            def wrap(gradients: Any) -> Any:
+                def twice(window: Any) -> Any:
+                    seen.append((len(window.batches), window.counts, window.total))
+                    assert gradients(window) is None and ctx.loss_tensor is not None
+                    if not self.in_place:
+                        return torch.tensor(2.0)
+                    torch._foreach_mul_([p.grad for p in ctx.model.parameters()], 2.0)
+                    return None
+
+                return twice
+
+            return wrap
+
+    options = {"max_duration": "3st", "max_grad_norm": 0.1, "gradient_accumulation_steps": 2}
+    runs = [trainer(tmp_path, *more, **options) for more in ([], [Twice(in_place=True)], [Twice(in_place=False)])]
+    norms = []
+    for run in runs:
+        for step in run.steps():
+            if step.number == 1:
+                norms.append(run.ctx.grad_norm)
+    torch.testing.assert_close(norms[1], 2 * norms[0])  # type: ignore[operator]
+    torch.testing.assert_close(norms[2], norms[1])
+    torch.testing.assert_close(weights(runs[1].ctx), weights(runs[2].ctx))
+    assert seen == [(2, [2, 2], 4)] * 6
