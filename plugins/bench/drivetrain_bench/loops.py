@@ -17,7 +17,10 @@ LONGER = 1_000_000  # so many times the run's length: no turn reaches the end
 
 
 def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **changes: Any) -> Trainer:
-    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks."""
+    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks.
+
+    Without them, those of `changes` take part.
+    """
     config = copy.copy(config)
     for key, value in changes.items():
         setattr(config, key, value)
@@ -25,7 +28,7 @@ def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **change
     config.max_duration = Duration(config.max_duration.value * LONGER, config.max_duration.unit)
     config.eval_interval = None
     if not with_callbacks:
-        config.callbacks, config.standard_callbacks = [], False
+        config.callbacks, config.standard_callbacks = changes.get("callbacks", []), False
         config.log_interval = Duration(LONGER, "st")
     return Trainer(None, config)
 

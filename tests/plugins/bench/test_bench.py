@@ -158,6 +158,26 @@ def test_the_memory_format_is_tried_for_models_with_convolutions() -> None:
     assert "channels_last = true" not in texts(True, channels_last=True)
 
 
+def test_graphs_are_tried_on_a_gpu_where_they_are_not_in_use() -> None:
+    def tried(device: str, *callbacks: Any) -> bool:
+        return any("cuda_graphs" in change.text for change in changes(config(callbacks=list(callbacks)), "bf16", device, 0.0))
+
+    assert tried("NVIDIA H200") and tried("NVIDIA H200", "gc", {"use": "ema"}) and tried("NVIDIA H200", Chatty())
+    assert (
+        not tried("cpu")
+        and not tried("NVIDIA H200", "cuda_graphs")
+        and not tried("NVIDIA H200", {"use": "cuda_graphs", "most": 2})
+    )
+
+
+def test_a_callback_is_tried_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    Chatty.seen.clear()
+    change = Change("callbacks", {"callbacks": [Chatty()]})
+    monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter([change]))
+    report = bench(config(), steps=2, turns=1)
+    assert Chatty.seen and report.advice[0].gain is not None
+
+
 def test_numbers_become_advice_in_words() -> None:
     fast, slow = Speed((1.0, 1.0), 8, 0, 1.0), Speed((2.0, 4.0), 16, 0, 1.0)
     assert slow.over(fast) == 1.5, "of each sample: (2 + 4) / 2 over twice the samples"
