@@ -13,7 +13,7 @@ from drivetrain import Loss, ModelError
 IGNORED = -100  # the label of a token that does not count, as in `F.cross_entropy`
 
 
-def summed_cross_entropy(logits: Tensor, labels: Tensor, **_unused: Any) -> Loss:
+def summed_cross_entropy(logits: Tensor, labels: Tensor, vocab_size: int | None = None, **_unused: Any) -> Loss:
     """Cross entropy of each next token, summed, with the number of tokens it is a sum of.
 
     Has the signature of transformers' loss functions, so that a model can be given it as `model.loss_function`: then its
@@ -22,6 +22,7 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor, **_unused: Any) -> Loss
     Args:
         logits: [batch, time, vocabulary], in any type; summed in fp32.
         labels: int64 [batch, time], not shifted: `labels[:, t]` is predicted by `logits[:, t - 1]`; -100 does not count.
+        vocab_size: not used; some models, such as Gemma 2 and Mixtral, give it by position.
 
     Returns:
         `Loss(total, weight)`: nats, and the number of labels other than -100 after the shift.

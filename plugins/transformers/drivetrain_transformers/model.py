@@ -46,6 +46,7 @@ class TransformersModel(Component):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = option(
         default="auto", help="attention implementation; auto: transformers' choice"
     )
+    liger: bool = option(default=False, help="fused kernels of liger-kernel, on a GPU, for the types of models that it knows")
     # No option, so that no file can switch it on: whoever runs foreign code says so in a program.
     trust_remote_code: bool = attrs.field(default=False, init=False, repr=False)
 
@@ -53,9 +54,10 @@ class TransformersModel(Component):
         """Load the model, or make it new. Its `.loss` is a `Loss`.
 
         Raises:
-            ConfigError: when neither a path nor a configuration says which model.
+            ConfigError: when neither a path nor a configuration says which model, or Liger has no kernels for it here.
             ModelError: when it cannot be loaded.
         """
+        from drivetrain_transformers.liger import apply_liger, check_liger
         from drivetrain_transformers.loading import DTYPES, load_config, load_model, new_model, source_of
 
         path = self.path or ctx.config.model_name or ""
@@ -63,6 +65,8 @@ class TransformersModel(Component):
             raise ConfigError([Problem("model.transformers.path", "is missing: give it, or model_name, or config")])
         source = source_of(path) if path else None
         config = load_config(source, self.config, self.trust_remote_code)
+        if self.liger:
+            check_liger(ctx.device, config)
         options: dict[str, Any] = {"dtype": DTYPES[self.dtype]}
         if self.attention != "auto":
             options["attn_implementation"] = self.attention
@@ -74,6 +78,8 @@ class TransformersModel(Component):
         model.name_or_path = path  # where the data find the tokenizer
         model.config.use_cache = False  # of keys and values, for generation; it would also switch document masks off
         model.loss_function = summed_cross_entropy
+        if self.liger:
+            apply_liger(model)
         return model
 
     def make_loss(self, ctx: CallbackContext) -> Callable[[Any, Any], Loss]:

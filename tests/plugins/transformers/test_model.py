@@ -114,6 +114,11 @@ class TestModel:
         assert isinstance(outputs.loss, Loss)
         assert outputs.loss.weight == 2
 
+    def test_also_of_a_model_that_gives_the_loss_its_vocabulary_by_position(self, llama: dict[str, Any]) -> None:
+        _, model = made(config={**llama, "model_type": "gemma2", "head_dim": 8})
+        outputs = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))
+        assert isinstance(outputs.loss, Loss)
+
     def test_from_a_directory_with_its_weights(self, model_dir: Path) -> None:
         _, model = made(path=str(model_dir), config={"attention_dropout": 0.25})
         saved = AutoModelForCausalLM.from_pretrained(model_dir)
