@@ -5,7 +5,6 @@ build → quantize → adapt → place on the device → cast → memory format 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from drivetrain.compiling import compile_blocks
 from drivetrain.context import CallbackContext
 from drivetrain.errors import ConfigError, ModelError, Problem
 from drivetrain.hooks import RunPluginManager
@@ -43,7 +43,7 @@ def prepare(pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
     if ctx.config.activation_checkpointing:
         checkpoint_activations(model, selective=ctx.config.activation_checkpointing == "selective")
     if ctx.config.compile:
-        compile_blocks(model)
+        compile_blocks(list(repeated_blocks(model)) or [model])
     ctx.model = ctx.strategy.wrap(model)
     return model
 
@@ -62,36 +62,6 @@ def _repeats(modules: nn.ModuleList | nn.Sequential) -> bool:
     first = next(iter(modules), None)
     same = all(type(m) is type(first) for m in modules)
     return len(modules) > 1 and same and any(True for _ in modules.parameters())
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """torch.compile each repeated block in place, which compiles its code once; without such blocks, the whole model.
-
-    A block that the compiler cannot take runs as it is, and a warning says why.
-    """
-    # not `block.compile()`: that leaves torch's own containers, such as Sequential, uncompiled without a word
-    compiled = torch.compile(_called)
-    for block in list(repeated_blocks(model)) or [model]:
-        block._compiled_call_impl = _or_as_it_is(block, partial(compiled, block))
-
-
-def _called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
-
-
-def _or_as_it_is(block: nn.Module, compiled: Any) -> Any:
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return compiled(*args, **kwargs)
-        except TorchDynamoException as error:
-            block._compiled_call_impl = None
-            why = str(error).strip().partition("\n")[0]
-            warnings.warn(f"compile: {type(block).__name__} runs uncompiled, {type(error).__name__}: {why}", stacklevel=2)
-        return block._call_impl(*args, **kwargs)
-
-    return call
 
 
 def checkpoint_activations(model: nn.Module, selective: bool = False) -> None:

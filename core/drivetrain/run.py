@@ -19,6 +19,7 @@ from drivetrain.agreement import agree, agree_on_parts
 from drivetrain.calling import ModelCall
 from drivetrain.catalogue import STANDARD_CALLBACKS
 from drivetrain.cluster import detect
+from drivetrain.compiling import Recompilations
 from drivetrain.components import Component, adopt, component, make_component
 from drivetrain.config import TrainingConfig
 from drivetrain.context import CallbackContext
@@ -90,6 +91,7 @@ class Run:
         agree_on_parts(ctx, None if self.source.sample_order is None else len(self.train_data))
         before = dict(ctx.model.named_parameters())
         self.model = prepare(self.pm, ctx)
+        self.recompilations = Recompilations() if self.config.compile else None
         ctx.optimizer = self._optimizer(before)
         ctx.precision.attach(ctx.optimizer)
         self.metrics = given.metrics or self.pm.choose("make_metrics", ctx)
@@ -280,6 +282,8 @@ class Run:
     def log(self) -> None:
         """Read what has gathered since the last log from the device, in one go, and tell the listeners."""
         ctx, pending = self.ctx, self.ctx._pending
+        if self.recompilations is not None:
+            self.recompilations.warn()
         if not self.loop.losses and not pending:
             return
         values: dict[str, Any] = {}
