@@ -125,8 +125,10 @@ class TrainingConfig:
     channels_last: bool = _key(
         False, "store the weights of 2-D convolutions with the channels last, in which most devices are faster"
     )
-    activation_checkpointing: bool | Literal["selective"] = _key(
-        False, "recompute the repeated blocks' activations in backward to save memory; selective: all but matrix products"
+    activation_checkpointing: bool | Literal["selective", "offload"] = _key(
+        False,
+        "save memory: recompute the repeated blocks' activations in backward; selective: all but matrix products; "
+        "offload: keep them in host memory instead",
     )
     resume: str = _key("auto", "auto: go on from the newest checkpoint of this run; never; or the path of a run or checkpoint")
     resume_changed: Literal["refuse", "allow"] = _key(

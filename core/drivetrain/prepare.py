@@ -6,13 +6,11 @@ build → quantize → adapt → place on the device → cast → memory format 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from drivetrain.activations import Offload, recompute
 from drivetrain.compiling import compile_blocks
 from drivetrain.context import CallbackContext
 from drivetrain.errors import ConfigError, ModelError, Problem
@@ -40,10 +38,17 @@ def prepare(pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
     model = ctx.precision.cast(ctx.strategy.place(ctx.model, ctx.device))
     if ctx.config.channels_last:  # of the weights alone: a convolution's output takes the format of its weight
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if ctx.config.activation_checkpointing:
-        checkpoint_activations(model, selective=ctx.config.activation_checkpointing == "selective")
+    blocks = list(repeated_blocks(model))
+    spared = ctx.config.activation_checkpointing
+    if spared and not blocks:
+        message = "found no repeated blocks (a ModuleList of one class) in the model"
+        raise ConfigError([Problem("activation_checkpointing", message)])
+    if spared and spared != "offload":
+        recompute(blocks, selective=spared == "selective")
     if ctx.config.compile:
-        compile_blocks(list(repeated_blocks(model)) or [model])
+        compile_blocks(blocks or [model])
+    if spared == "offload":  # what compiled code keeps, which is less
+        Offload().of(blocks)
     ctx.model = ctx.strategy.wrap(model)
     return model
 
@@ -62,38 +67,3 @@ def _repeats(modules: nn.ModuleList | nn.Sequential) -> bool:
     first = next(iter(modules), None)
     same = all(type(m) is type(first) for m in modules)
     return len(modules) > 1 and same and any(True for _ in modules.parameters())
-
-
-def checkpoint_activations(model: nn.Module, selective: bool = False) -> None:
-    """Recompute the inside of each repeated block in backward (Chen et al. 2016, arXiv:1604.06174), in place.
-
-    Args:
-        selective: keep the results of matrix products and attention, which cost most to compute, and recompute the rest.
-
-    Raises:
-        ConfigError: when the model has no repeated blocks.
-    """
-    blocks = list(repeated_blocks(model))
-    if not blocks:
-        raise ConfigError(
-            [Problem("activation_checkpointing", "found no repeated blocks (a ModuleList of one class) in the model")]
-        )
-    options = {"context_fn": partial(create_selective_checkpoint_contexts, _expensive())} if selective else {}
-    for block in blocks:
-        block.forward = _recomputed(block.forward, options)
-
-
-def _expensive() -> list[Any]:
-    """Matrix products, and every attention kernel that this torch has."""
-    aten: Any = torch.ops.aten
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    kernels = [f"_scaled_dot_product_{kind}" for kind in kinds]
-    products = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default]
-    return products + [getattr(aten, name).default for name in kernels if hasattr(aten, name)]
-
-
-def _recomputed(forward: Any, options: dict[str, Any]) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
-
-    return run

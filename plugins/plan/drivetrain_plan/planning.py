@@ -266,6 +266,8 @@ def plan(
     compiled = bool(config.compile)
     if compiled:
         assumptions.append("torch.compile: memory as without it (it needs less), half the traffic between matrix products")
+    if config.activation_checkpointing == "offload":
+        assumptions.append("activation_checkpointing: memory and time as without offload, which moves activations to the host")
     return Plan(
         config=used,
         ranks=found.ranks,

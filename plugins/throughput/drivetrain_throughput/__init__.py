@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ThroughputCallback"]
 
+_MUCH = 0.5  # of the time, spent waiting for data in two intervals one after the other, and
+_SECONDS = 1.0  # so long in each: that of tiny runs is not worth a word
+
 
 @component
 class ThroughputCallback(Callback):
@@ -31,6 +36,8 @@ class ThroughputCallback(Callback):
     - `system/cpu_percent`, of all cores of the machine together; `system/memory_percent`; `system/disk_free_gb`, where the run
       is kept, if it is. With nvidia-ml-py installed `gpu/percent`, `gpu/memory_gb` (all programs) and `gpu/watts`.
 
+    When a run waits for data more than half of the time it says so, once.
+
     Evaluation does not count as training time, and neither does a checkpoint saved in a step that logged or evaluated. One
     saved in any other step does count: nothing tells when it began. Steps are timed on the host, which a GPU may lag behind: means
     over an interval are right, single steps only where the host waits for the device.
@@ -43,6 +50,8 @@ class ThroughputCallback(Callback):
     _counter: Any = attrs.field(default=None, init=False, repr=False)
     _last: Any = attrs.field(default=None, init=False, repr=False)  # the counters at the previous log
     _paused: float = attrs.field(default=0.0, init=False, repr=False)  # seconds since then that were no training
+    _starved: bool = attrs.field(default=False, init=False, repr=False)  # the last interval was spent waiting for data
+    _told: bool = attrs.field(default=False, init=False, repr=False)
     _idle_since: Any = attrs.field(default=None, init=False, repr=False)  # (step, time) of the latest log or evaluation
     _ends: list[float] = attrs.field(factory=list, init=False, repr=False)  # of steps since the latest pause, its end first
     _steps: list[float] = attrs.field(factory=list, init=False, repr=False)  # seconds of the interval's steps before that
@@ -64,7 +73,9 @@ class ThroughputCallback(Callback):
     def on_log(self, ctx: CallbackContext) -> None:
         """Add the values of the interval, before the callbacks that show and keep them."""
         self._no_step()
-        ctx.metrics.update(self._speeds(ctx) | self._machine.values())
+        speeds = self._speeds(ctx)
+        ctx.metrics.update(speeds | self._machine.values())
+        self._look_for_data(ctx, speeds.get("speed/data_wait", 0.0))
         self._begin(ctx)
 
     @hook(tryfirst=True)
@@ -87,6 +98,19 @@ class ThroughputCallback(Callback):
         """Count no further."""
         if self._counter is not None:
             self._counter.cancel()
+
+    def _look_for_data(self, ctx: CallbackContext, part: float) -> None:
+        starved = part > _MUCH and ctx.data_wait - self._last[4] > _SECONDS
+        again, self._starved = starved and self._starved, starved
+        if again and not self._told:
+            self._told = True
+            workers, cores = ctx.config.dataloader.num_workers, os.cpu_count() or 1
+            warnings.warn(
+                f"throughput: {part:.0%} of the time since the last log was spent waiting for data. dataloader.num_workers is "
+                f"{workers}, the machine has {cores} cores; the callback workers_finder measures how many it takes. Where more of them "
+                "do not help, samples take too long to read or make.",
+                stacklevel=2,
+            )
 
     def _begin(self, ctx: CallbackContext) -> None:
         now = perf_counter()

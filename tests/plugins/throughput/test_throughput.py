@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ class Run:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **counters: Any) -> None:
         given = {"step": 0, "samples": 0, "tokens": 0, "data_wait": 0.0, "metrics": {}, "device": torch.device("cpu")}
-        given |= {"config": SimpleNamespace(compile=True), "trainer": SimpleNamespace(has_run_dir=False)}
+        given |= {"config": TrainingConfig(compile=True), "trainer": SimpleNamespace(has_run_dir=False)}
         self.ctx: Any = SimpleNamespace(**given | counters)
         self.now = 1000.0
         monkeypatch.setattr(drivetrain_throughput, "perf_counter", lambda: self.now)
@@ -71,6 +73,33 @@ def test_speeds_are_those_of_the_interval(monkeypatch: pytest.MonkeyPatch) -> No
     run.train(steps=10, seconds=1.0)
     assert run.log() == pytest.approx({k: 2 * v for k, v in expected.items()} | {"step_ms": 100.0, "data_wait": 0.0})
     assert run.ctx.metrics["train/loss"] == 1.0, "what others logged stays"
+
+
+def test_a_run_that_waits_for_data_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    run.ctx.config.dataloader.num_workers = 3
+    quiet = [
+        [(10, 4.0, 1.9), (10, 4.0, 1.9)],  # less than half of the time
+        [(10, 0.4, 0.3), (10, 0.4, 0.3)],  # less than a second
+        [(10, 4.0, 3.0), (10, 4.0, 0.0), (10, 4.0, 3.0), (10, 4.0, 0.0)],  # not twice in a row: workers that start, a slow disk
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps, seconds, wait in itertools.chain.from_iterable(quiet):
+            run.train(steps, seconds, wait)
+            run.log()
+    run.train(10, 4.0, 3.0)
+    run.log()
+    run.train(10, 4.0, 2.5)
+    with pytest.warns(
+        UserWarning, match=r"^throughput: 62% of the time .*num_workers is 3, the machine has 16 cores; .* workers_finder"
+    ):
+        run.log()
+    run.train(10, 4.0, 3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.log()
 
 
 def test_batches_without_tokens_have_no_token_speed(monkeypatch: pytest.MonkeyPatch) -> None:
