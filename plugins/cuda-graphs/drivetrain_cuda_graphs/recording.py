@@ -58,7 +58,8 @@ class _CudaRecorder:
 
     def record(self, compute: Callable[[], R]) -> tuple[R, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # other threads may go on meanwhile, such as the one that puts the next batches into page-locked memory
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             result = compute()
         return result, graph.replay
 
