@@ -155,7 +155,7 @@ def test_a_second_run_is_refused_before_its_first_step(trainer, tmp_path):
                     other.train()
                 refused.append(other.ctx.step)
 
-    trainer(Second(), CheckpointCallback(every="3st")).train()
+    trainer(Second(), CheckpointCallback(every="3st", asynchronous=False)).train()
     assert refused == [0, 3]  # the second had restored the checkpoint of step 3
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints"]  # the lock's file is gone
 
