@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drivetrain import Component, ConfigError, Loss, ModelError, Problem, component, option
+from drivetrain_lm.loss import IGNORED, linear_cross_entropy
 from drivetrain_lm.options import between
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
-IGNORED = -100  # the label of a position that does not count, as in `F.cross_entropy`
 BYTES = 256
+_MANY = 2**25  # logits, from where on they are computed in parts: 128 MiB in fp32, and as much again for each copy
+_AT_ONCE, _LEAST_ROWS = 2**23, 256  # logits of a part, and rows: with fewer the products are slow
 
 
 class GPT(nn.Module):
@@ -34,6 +36,8 @@ class GPT(nn.Module):
         vocab_size: number of tokens; 256 for bytes.
         dropout: probability of dropping in training, on the embedding, the attention weights and each block's two branches.
         tied: share one matrix between the embedding and the output.
+        loss_in_parts: compute the loss, and its gradients with it, some rows at a time: True, False, or None for where there are
+            more than 33 million logits. Same numbers but for rounding, no second derivatives; see `linear_cross_entropy`.
     """
 
     # how the layers can be divided among processes, in transformers' words; qkv is three matrices in one, gate_up two
@@ -54,9 +58,10 @@ class GPT(nn.Module):
         vocab_size: int = BYTES,
         dropout: float = 0.0,
         tied: bool = False,
+        loss_in_parts: bool | None = None,
     ) -> None:
         super().__init__()
-        self.context, self.vocab_size = context, vocab_size
+        self.context, self.vocab_size, self.loss_in_parts = context, vocab_size, loss_in_parts
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
@@ -99,12 +104,28 @@ class GPT(nn.Module):
         cos, sin = self.get_buffer("cos")[:time], self.get_buffer("sin")[:time]
         for block in self.blocks:
             x = block(x, cos, sin)
-        logits: Tensor = self.head(self.norm(x))
+        x = self.norm(x)
+        if labels is not None and self._goes_in_parts(labels.numel()):
+            rows = max(_LEAST_ROWS, _AT_ONCE // self.vocab_size)
+            total = linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten(), rows)
+            return Loss(total, (labels != IGNORED).sum())
+        logits: Tensor = self.head(x)
         if labels is None:
             return logits
         # In fp32 whatever the model computes in: a sum of thousands of terms has no place in 8 bits of mantissa.
         total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return Loss(total, (labels != IGNORED).sum())
+
+    def _goes_in_parts(self, tokens: int) -> bool:
+        """Whether the loss takes the head's weight itself. Not of an adapter or a sharded matrix, and by itself not in fp16, whose
+        gradients it would take before they are scaled."""
+        if type(self.head) is not nn.Linear or hasattr(self.head.weight, "to_local"):
+            return False
+        if self.loss_in_parts is not None:
+            return self.loss_in_parts
+        kind = self.head.weight.device.type
+        half = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return tokens * self.vocab_size > _MANY and not half
 
     @torch.no_grad()
     def generate(
@@ -213,6 +234,9 @@ class GPTComponent(Component):
     vocab_size: int = option(default=BYTES, validator=between(2), help="number of tokens; 256 for bytes")
     dropout: float = option(default=0.0, validator=between(0, 1), help="probability of dropping in training")
     tied: bool = option(default=False, help="share one matrix between the embedding and the output")
+    loss_in_parts: bool | None = option(
+        default=None, help="compute the loss some rows at a time; by default where that saves memory (large vocabularies)"
+    )
 
     def __attrs_post_init__(self) -> None:
         if self.width % (2 * self.heads):
@@ -221,7 +245,8 @@ class GPTComponent(Component):
 
     def make_model(self, ctx: CallbackContext) -> GPT:
         """Build the model; its weights come from the random state of the caller."""
-        return GPT(self.layers, self.heads, self.width, self.context, self.vocab_size, self.dropout, self.tied)
+        shape = (self.layers, self.heads, self.width, self.context, self.vocab_size)
+        return GPT(*shape, self.dropout, self.tied, self.loss_in_parts)
 
     def make_metrics(self, ctx: CallbackContext) -> Callable[[Any, Any], dict[str, Loss]]:
         """The loss in bits: nats / ln 2."""
