@@ -104,7 +104,8 @@ class FsdpStrategy(ProcessGroupStrategy):
 
         visit(model)
         self._shard(model, MixedPrecisionPolicy(), reshard=False)  # what lies around the blocks is needed last and first
-        _prefetch(cast("list[FSDPModule]", blocks))
+        if self.device.type != "cpu":  # where a gathering takes its time from the computation that it was to hide behind
+            _prefetch(cast("list[FSDPModule]", blocks))
         self._orders = {} if plan is None else plan.orders()
         return model
 
