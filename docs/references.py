@@ -151,6 +151,7 @@ GROUPS = {
     "Writing plugins": [
         "component", "option", "state", "hook", "Component", "Callback", "CallbackContext", "make_component", "is_installed", "at_hand",
         "OptimizerComponent", "ForeachOptimizer", "Precision", "Tracker", "SampleOrder", "repeated_blocks", "parameters_of",
+        "map_tensors", "random_state", "set_random_state",
     ],
     "Several processes": ["Strategy", "ProcessGroupStrategy", "GradientSynchronizer", "DeviceManager", "Peer"],
     "Errors": ["DrivetrainError", "ConfigError", "Problem", "PluginError", "DataError", "ModelError", "RunError", "PeerFailure"],

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from drivetrain.errors import Problem as Problem
     from drivetrain.errors import RunError as RunError
     from drivetrain.loss import Loss as Loss
+    from drivetrain.loss import map_tensors as map_tensors
     from drivetrain.optim import ForeachOptimizer as ForeachOptimizer
     from drivetrain.optim import OptimizerComponent as OptimizerComponent
     from drivetrain.output import Step as Step
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from drivetrain.presets import get_qlora_config as get_qlora_config
     from drivetrain.presets import parameters_of as parameters_of
     from drivetrain.registry import is_installed as is_installed
+    from drivetrain.rng import random_state as random_state
+    from drivetrain.rng import set_random_state as set_random_state
     from drivetrain.scalars import at_hand as at_hand
     from drivetrain.strategy import Strategy as Strategy
     from drivetrain.synchronizer import GradientSynchronizer as GradientSynchronizer
@@ -90,9 +93,12 @@ _HOME = {
     "is_installed": "registry",
     "load_training_config": "config",
     "make_component": "components",
+    "map_tensors": "loss",
     "option": "components",
     "parameters_of": "presets",
+    "random_state": "rng",
     "repeated_blocks": "prepare",
+    "set_random_state": "rng",
     "state": "components",
 }
 # Classes of the standard plugins, under the names of the documented interface; each needs its distribution installed.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from drivetrain.data import Window
+from drivetrain.loss import map_tensors
 
 
 def sent_ahead(windows: Iterable[Window], device: torch.device, cuda: Any = torch.cuda) -> Iterator[Window]:
@@ -39,7 +40,7 @@ def _send(window: Window, device: torch.device, stream: Any, cuda: Any) -> tuple
         return pinned.to(device, non_blocking=True)
 
     with cuda.stream(stream):
-        batches = [_each(batch, copied) for batch in window.batches]
+        batches = [map_tensors(batch, copied) for batch in window.batches]
         event = cuda.Event()
         event.record(stream)
     return window._replace(batches=batches), event
@@ -54,18 +55,5 @@ def _arrived(window: Window, event: Any, device: torch.device, cuda: Any) -> Win
         return tensor
 
     for batch in window.batches:
-        _each(batch, kept)
+        map_tensors(batch, kept)
     return window
-
-
-def _each(value: Any, do: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with `do` applied to its tensors; other objects are left to the step's own transfer."""
-    if isinstance(value, Tensor):
-        return do(value)
-    if isinstance(value, Mapping):
-        return {key: _each(item, do) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(item, do) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each(item, do) for item in value)
-    return value

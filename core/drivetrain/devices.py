@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from drivetrain.cluster import detect
 from drivetrain.errors import ConfigError, PluginError, Problem
+from drivetrain.loss import map_tensors
 from drivetrain.registry import candidates, load
 
 _KNOWN = ("cpu", "cuda", "mps", "xpu")
@@ -53,15 +52,11 @@ class DeviceManager:
 
         The copy does not block when the host memory is pinned.
         """
-        if isinstance(value, Tensor):
-            return value.to(self.device, non_blocking=True)
-        if isinstance(value, Mapping):
-            return {key: self.to(item) for key, item in value.items()}
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return type(value)(*map(self.to, value))
-        if isinstance(value, (list, tuple)):
-            return type(value)(map(self.to, value))
-        return value.to(self.device) if hasattr(value, "to") else value
+        return map_tensors(
+            value,
+            lambda tensor: tensor.to(self.device, non_blocking=True),
+            lambda other: other.to(self.device) if hasattr(other, "to") else other,
+        )
 
     def synchronize(self) -> None:
         """Wait until the device has done everything asked of it."""

@@ -29,7 +29,7 @@ from drivetrain.errors import DataError, ModelError, RunError
 from drivetrain.hooks import Events
 from drivetrain.loss import Loss, checked, samples_in, tokens_in
 from drivetrain.output import Step
-from drivetrain.rng import full_state, set_full_state
+from drivetrain.rng import random_state, set_random_state
 from drivetrain.scalars import at_hand
 from drivetrain.shrinking import divided, is_out_of_memory, release
 
@@ -309,7 +309,7 @@ class Loop:
 
     def gradients_of(self, loss: LossFunction | None, step: StepFunction | None = None) -> tuple[list[Tensor | None], Tensor]:
         """See `CallbackContext.gradients_of`."""
-        ctx, kept, random = self.ctx, [p.grad for p in self.parameters], full_state(self.ctx.device)
+        ctx, kept, random = self.ctx, [p.grad for p in self.parameters], random_state(self.ctx.device)
         for parameter in self.parameters:
             parameter.grad = None
         weight, last = torch.zeros((), device=ctx.device), len(self.window.batches) - 1
@@ -328,7 +328,7 @@ class Loop:
         finally:
             for parameter, gradient in zip(self.parameters, kept, strict=True):
                 parameter.grad = gradient
-            set_full_state(random, ctx.device)
+            set_random_state(random, ctx.device)
 
     def _auxiliary_loss(self, batch: Any, count: int, loss: LossFunction | None, step: StepFunction | None) -> Loss:
         moved = batch if self.transfer is None else self.transfer(batch)

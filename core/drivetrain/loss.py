@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +64,19 @@ def describe(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def map_tensors(value: Any, do: Callable[[Tensor], Any], others: Callable[[Any], Any] = lambda other: other) -> Any:
+    """The same nested mappings, lists and tuples with `do` applied to the tensors in them, and `others` to whatever else they hold."""
+    if isinstance(value, Tensor):
+        return do(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, do, others) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, do, others) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, do, others) for item in value)
+    return others(value)
 
 
 def samples_in(batch: Any) -> int:

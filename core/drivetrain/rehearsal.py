@@ -15,7 +15,7 @@ from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
 from drivetrain.hooks import Events, RunPluginManager
 from drivetrain.loop import Loop
-from drivetrain.rng import full_state, set_full_state
+from drivetrain.rng import random_state, set_random_state
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def _windows(ctx: CallbackContext, source: Source) -> Iterator[Window]:
 
 def _kept(ctx: CallbackContext) -> Callable[[], None]:
     """Copy what training changes; gives the function that puts it back, in place."""
-    optimizer, random = ctx.optimizer, full_state(ctx.device)
+    optimizer, random = ctx.optimizer, random_state(ctx.device)
     tensors = [*ctx.model.parameters(), *ctx.model.buffers()]
     copies = [tensor.detach().clone() for tensor in tensors]
     groups = [{key: copy.copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
@@ -76,6 +76,6 @@ def _kept(ctx: CallbackContext) -> Callable[[], None]:
         ctx.precision.load_state_dict(precision)
         for name, value in fields.items():
             setattr(ctx, name, value)
-        set_full_state(random, ctx.device)
+        set_random_state(random, ctx.device)
 
     return put_back

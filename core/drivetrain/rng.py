@@ -75,7 +75,7 @@ def set_host_state(state: Mapping[str, Any]) -> None:
         numpy.random.set_state((name, numpy.asarray(key, dtype=numpy.uint32), *rest))
 
 
-def full_state(device: torch.device) -> dict[str, Any]:
+def random_state(device: torch.device) -> dict[str, Any]:
     """The state of the host's generators and the device's: numbers, tuples and tensors."""
     state = host_state()
     if "numpy" in state:
@@ -86,8 +86,8 @@ def full_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_full_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Put back what `full_state` gave; a state saved on another kind of device has no part for this one."""
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` gave; a state saved on another kind of device has no part for this one."""
     set_host_state(state)
     if device.type != "cpu" and "device" in state:
         _device_module(device).set_rng_state(state["device"], device)

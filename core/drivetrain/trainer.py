@@ -27,7 +27,7 @@ from drivetrain.manifest import Change, compare, describe
 from drivetrain.output import Step, TrainOutput
 from drivetrain.precision import Precision
 from drivetrain.registry import load, naming
-from drivetrain.rng import Turn, full_state, in_turns, mix, seed_all, set_full_state
+from drivetrain.rng import Turn, in_turns, mix, random_state, seed_all, set_random_state
 from drivetrain.run import Given, Run
 from drivetrain.strategy import Strategy
 
@@ -151,7 +151,7 @@ class Trainer:
         # Only in a second sitting in this process: before the first one a stop may have been asked for already.
         if self._rng is not None:
             ctx.stop_reason, ctx.stop_wanted, ctx.exception, ctx.interrupted, ctx.at_end = None, None, None, False, False
-        callers_rng = full_state(ctx.device)
+        callers_rng = random_state(ctx.device)
         self._started = time.monotonic()
         try:
             self._start()
@@ -408,15 +408,15 @@ class Trainer:
         if self._run.loop.on_resume is not None and len(saved) == ctx.strategy.data_ranks:  # loaded, and not put back yet
             return saved[ctx.strategy.data_rank]
         if self._started is None:
-            return full_state(ctx.device) if self._rng is None else self._rng
+            return random_state(ctx.device) if self._rng is None else self._rng
         with self._turn:
-            return full_state(ctx.device)
+            return random_state(ctx.device)
 
     def _restore_rng(self) -> None:
         """Put back this rank's random state; for another number of ranks there is none, and each gets a new one."""
         rank, ranks, saved = self.ctx.strategy.data_rank, self.ctx.strategy.data_ranks, self._saved_rng
         if len(saved) == ranks:
-            set_full_state(saved[rank], self.ctx.device)
+            set_random_state(saved[rank], self.ctx.device)
             return
         seed_all(mix(self.config.seed, rank, self.ctx.step), self.ctx.device)
         warnings.warn(
@@ -447,7 +447,7 @@ class Trainer:
         ctx, run = self.ctx, self._run
         run.loop.is_whole = False
         if self._rng is not None:  # a second sitting in this process
-            set_full_state(self._rng, ctx.device)
+            set_random_state(self._rng, ctx.device)
         else:
             seed_all(mix(ctx.config.seed, ctx.strategy.data_rank), ctx.device)
             self._restore()
@@ -501,10 +501,10 @@ class Trainer:
                 with _judged(ctx):
                     run.events.run_end(ctx)
         finally:
-            self._rng = full_state(ctx.device)
+            self._rng = random_state(ctx.device)
             ctx.seconds, self._started = self.elapsed, None
             if not sys.is_finalizing():  # a loop left unfinished at the end of the process
-                set_full_state(callers_rng, ctx.device)
+                set_random_state(callers_rng, ctx.device)
             run.close()
 
     def __repr__(self) -> str:

@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from drivetrain import Callback, ConfigError, Problem, at_hand, component, hook, option, state
+from drivetrain import Callback, ConfigError, Problem, at_hand, component, hook, map_tensors, option, state
 from drivetrain_anomaly.detect import (
     NO_LIMIT,
     Detector,
@@ -443,10 +443,4 @@ def _samples(anomaly: Anomaly) -> str:
 
 def _copied(value: Any) -> Any:
     """A state tree whose tensors are copies in host memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_copied(item) for item in value)
-    return value
+    return map_tensors(value, lambda tensor: tensor.detach().to("cpu", copy=True))

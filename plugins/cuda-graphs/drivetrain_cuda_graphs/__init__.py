@@ -42,7 +42,7 @@ class CudaGraphs(Callback):
     with a warning that names the reason, without a CUDA device, with several processes, when a component listens within forward and
     backward, and when recording fails, as where something waits for the device.
 
-    Source: Paszke et al. 2021, "Accelerating PyTorch with CUDA Graphs"; `torch.cuda.graph`, with real steps as warm-up.
+    Source: PyTorch's notes on CUDA semantics, "Whole-network capture"; here the warm-up consists of real steps.
     """
 
     changes_training: ClassVar[bool] = False
@@ -52,9 +52,7 @@ class CudaGraphs(Callback):
         default=4, validator=_at_least_one, help="how many shapes of batches are recorded; each holds memory of its own"
     )
 
-    _recorder: Recorder | None = attrs.field(
-        default=None, init=False, repr=False
-    )  # None: steps are computed in the ordinary way
+    _recorder: Recorder | None = attrs.field(default=None, init=False, repr=False)  # None: all steps are ordinary ones
     _steps: dict[Any, int] = attrs.field(factory=dict, init=False, repr=False)  # so far, of each form of window
     _recordings: dict[Any, Recording] = attrs.field(factory=dict, init=False, repr=False)
     _ctx: Any = attrs.field(default=None, init=False, repr=False)
@@ -73,7 +71,7 @@ class CudaGraphs(Callback):
         """Look whether there can be graphs at all."""
         reason = _why_not(ctx)
         self._recorder = None if reason else recorder_for(ctx.device)
-        if reason or self._recorder is None:
+        if self._recorder is None:
             self._give_up(reason or f"the device is {ctx.device.type}, not CUDA")
 
     def on_run_end(self, ctx: CallbackContext) -> None:
@@ -95,9 +93,10 @@ class CudaGraphs(Callback):
         form = form_of(window)
         recording = self._recordings.get(form)
         if recording is not None and recording.holds():
-            return self._checked(recording, window) if recording.unchecked else recording.launch(window)
+            return self._compared(recording.check, window) if recording.unchecked else recording.launch(window)
         if self._is_worth_recording(form):
-            return self._recorded(recorder, form, window)
+            self._recordings[form] = recording = Recording(self._ctx, gradients, recorder)
+            return self._compared(recording.record, window)
         return recorder.warm_up(lambda: gradients(window))
 
     def _is_worth_recording(self, form: Any) -> bool:
@@ -106,18 +105,10 @@ class CudaGraphs(Callback):
             self._steps[form] = seen + 1
         return seen >= self.warmup and (form in self._recordings or len(self._recordings) < self.most)
 
-    def _recorded(self, recorder: Recorder, form: Any, window: Any) -> Tensor | None:
-        """Compute a step, and record it for the next ones."""
-        self._recordings[form] = recording = Recording(self._ctx, self._gradients, recorder)
+    def _compared(self, compute: Gradients, window: Any) -> Tensor | None:
+        """A step that is computed in both ways; the last one so, if they differ."""
         try:
-            return recording.record(window)
-        except Refused as refused:
-            self._give_up(str(refused))
-            return refused.factor
-
-    def _checked(self, recording: Recording, window: Any) -> Tensor | None:
-        try:
-            return recording.check(window)
+            return compute(window)
         except Refused as refused:
             self._give_up(str(refused))
             return refused.factor

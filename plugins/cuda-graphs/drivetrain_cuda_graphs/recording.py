@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from drivetrain import map_tensors, random_state, set_random_state
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -84,9 +85,8 @@ class Recording:
         Raises:
             Refused: when it cannot be recorded, or gives something else.
         """
-        batches = [_each(batch, lambda tensor: tensor.to(self._ctx.device).clone()) for batch in window.batches]
+        batches = map_tensors(window.batches, lambda tensor: tensor.to(self._ctx.device).clone())
         self._inputs = list(_tensors(batches))
-        self._replay: Callable[[], None] | None = None
         return self._compared(window, lambda: self._capture(window._replace(batches=batches)))
 
     def check(self, window: Any) -> Tensor | None:
@@ -103,7 +103,6 @@ class Recording:
 
     def launch(self, window: Any) -> Tensor | None:
         """Compute a step by the graph."""
-        assert self._replay is not None
         with torch.no_grad():
             torch._foreach_copy_(self._inputs, list(_tensors(window.batches)), non_blocking=True)
         self._replay()
@@ -125,15 +124,15 @@ class Recording:
 
     def _compared(self, window: Any, prepare: Callable[[], None]) -> Tensor | None:
         ctx = self._ctx
-        before = _random_state(ctx.device)
+        before = random_state(ctx.device)
         factor = self._recorder.warm_up(lambda: self._gradients(window))
         loss, gradients = ctx.loss_tensor, [parameter.grad for parameter in self._parameters]
         assert loss is not None
         with self._kept_as_it_is():
-            _set_random_state(before, ctx.device)
+            set_random_state(before, ctx.device)
             try:
                 prepare()
-                _set_random_state(before, ctx.device)
+                set_random_state(before, ctx.device)
                 self.launch(window)
             except Exception as error:  # of a kernel, a library or the allocator: each has its own
                 reason = f"recording failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
@@ -154,11 +153,11 @@ class Recording:
     def _kept_as_it_is(self) -> Iterator[None]:
         """Put back buffers and random states, which a step changes and a comparison must not."""
         buffers, ctx = list(self._ctx.model.buffers()), self._ctx
-        copies, after = [buffer.clone() for buffer in buffers], _random_state(ctx.device)
+        copies, after = [buffer.clone() for buffer in buffers], random_state(ctx.device)
         try:
             yield
         finally:
-            _set_random_state(after, ctx.device)
+            set_random_state(after, ctx.device)
             with torch.no_grad():
                 for buffer, copy in zip(buffers, copies, strict=True):
                     buffer.copy_(copy)
@@ -190,19 +189,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _each(value: Any, do: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested value with `do` applied to its tensors."""
-    if isinstance(value, Tensor):
-        return do(value)
-    if isinstance(value, Mapping):
-        return {key: _each(item, do) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_each(item, do) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(_each(item, do) for item in value)
-    return value
-
-
 def _places(parameters: list[nn.Parameter]) -> list[tuple[int, bool]]:
     return [(parameter.data_ptr(), parameter.requires_grad) for parameter in parameters]
 
@@ -216,15 +202,3 @@ def _difference(one: list[Tensor | None], other: list[Tensor | None]) -> float |
     size = torch.stack([x.norm() for x, _ in pairs]).norm().item()
     apart = torch.stack([(x - y).norm() for x, y in pairs]).norm().item()
     return apart / max(size, 1e-30) if math.isfinite(size) else None
-
-
-def _random_state(device: torch.device) -> tuple[Any, Tensor, Tensor | None]:
-    return random.getstate(), torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Any, Tensor, Tensor | None], device: torch.device) -> None:
-    pythons, host, own = state
-    random.setstate(pythons)
-    torch.set_rng_state(host)
-    if own is not None:
-        torch.cuda.set_rng_state(own, device)

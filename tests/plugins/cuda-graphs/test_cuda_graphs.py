@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -278,12 +279,13 @@ class TestFallingBack:
 
         fallen_back(recorder, "recording failed: RuntimeError: operation not permitted", model=Choosing)
 
-    def test_a_number_of_the_host(self, recorder: Recorder) -> None:
+    @pytest.mark.parametrize("draw", [random.random, numpy.random.rand], ids=["python", "numpy"])
+    def test_a_number_of_the_host(self, recorder: Recorder, draw: Callable[[], float]) -> None:
         """That a graph repeats: the second batch shows it."""
 
         class Drawing(Net):
             def forward(self, x: Tensor) -> Tensor:
-                return super().forward(x) * (1 + random.random())
+                return super().forward(x) * (1 + draw())
 
         fallen_back(recorder, r"a graph gave other gradients than the ordinary step, by 0\.\d+ of their size", model=Drawing)
         assert (recorder.recorded, recorder.launched) == (1, 2)
