@@ -60,6 +60,8 @@ class Offload:
     def of(self, blocks: Iterable[nn.Module]) -> None:
         """Move what blocks save, or their compiled code, in place."""
         for block in blocks:
+            if all(parameter.device.type in self.hosts for parameter in block.parameters()):
+                continue  # nothing to move, and asking costs two calls a tensor
             if block._compiled_call_impl is None:
                 block.forward = self.around(block.forward)
             else:

@@ -12,6 +12,7 @@ from torch import nn
 
 from drivetrain.activations import Offload, recompute
 from drivetrain.compiling import compile_blocks
+from drivetrain.config import TrainingConfig
 from drivetrain.context import CallbackContext
 from drivetrain.errors import ConfigError, ModelError, Problem
 from drivetrain.hooks import RunPluginManager
@@ -38,19 +39,24 @@ def prepare(pm: RunPluginManager, ctx: CallbackContext) -> nn.Module:
     model = ctx.precision.cast(ctx.strategy.place(ctx.model, ctx.device))
     if ctx.config.channels_last:  # of the weights alone: a convolution's output takes the format of its weight
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    blocks = list(repeated_blocks(model))
-    spared = ctx.config.activation_checkpointing
+    if ctx.config.activation_checkpointing or ctx.config.compile:
+        _change_blocks(model, ctx.config)
+    ctx.model = ctx.strategy.wrap(model)
+    return model
+
+
+def _change_blocks(model: nn.Module, config: TrainingConfig) -> None:
+    """Activations and compilation of the repeated blocks, in place."""
+    blocks, spared = list(repeated_blocks(model)), config.activation_checkpointing
     if spared and not blocks:
         message = "found no repeated blocks (a ModuleList of one class) in the model"
         raise ConfigError([Problem("activation_checkpointing", message)])
     if spared and spared != "offload":
         recompute(blocks, selective=spared == "selective")
-    if ctx.config.compile:
+    if config.compile:
         compile_blocks(blocks or [model])
     if spared == "offload":  # what compiled code keeps, which is less
         Offload().of(blocks)
-    ctx.model = ctx.strategy.wrap(model)
-    return model
 
 
 def repeated_blocks(model: nn.Module) -> Iterator[nn.Module]:

@@ -105,15 +105,16 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x, cos, sin)
         x = self.norm(x)
-        if labels is not None and self._goes_in_parts(labels.numel()):
+        if labels is None:
+            logits: Tensor = self.head(x)
+            return logits
+        if self._goes_in_parts(labels.numel()):
             rows = max(_LEAST_ROWS, _AT_ONCE // self.vocab_size)
             total = linear_cross_entropy(x.flatten(0, 1), self.head.weight, labels.flatten(), rows)
-            return Loss(total, (labels != IGNORED).sum())
-        logits: Tensor = self.head(x)
-        if labels is None:
-            return logits
-        # In fp32 whatever the model computes in: a sum of thousands of terms has no place in 8 bits of mantissa.
-        total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        else:
+            # In fp32 whatever the model computes in: a sum of thousands of terms has no place in 8 bits of mantissa.
+            logits = self.head(x).float().flatten(0, 1)
+            total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         return Loss(total, (labels != IGNORED).sum())
 
     def _goes_in_parts(self, tokens: int) -> bool:
