@@ -33,7 +33,7 @@ class OptimizerInBackward(Callback):
     numbers), and no component that looks at gradients. Anything else is refused before the first step, with what to change.
 
     Source: Lv et al. 2023, "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (arXiv:2306.09782),
-    section 3.1, for any optimizer; `torch.Tensor.register_post_accumulate_grad_hook`.
+    figure 1, for any optimizer; `torch.Tensor.register_post_accumulate_grad_hook`.
     """
 
     changes_training: ClassVar[bool] = False
