@@ -26,7 +26,7 @@ from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Split, StreamSource, make_source
 from drivetrain.devices import DeviceManager, divide_cores
 from drivetrain.duration import Duration
-from drivetrain.errors import ConfigError, DataError, PluginError, Problem
+from drivetrain.errors import ConfigError, DataError, DrivetrainError, PluginError, Problem
 from drivetrain.evaluation import Metrics, evaluate
 from drivetrain.fitting import choose_strategy
 from drivetrain.hooks import Events, RunPluginManager, bind
@@ -64,6 +64,7 @@ class Run:
     """The parts of one run. Making it raises for everything that is wrong with them, before any training."""
 
     def __init__(self, given: Given, ctx: CallbackContext) -> None:
+        _check(given)
         self.given, self.ctx = given, ctx
         ctx.run = self
         ctx.config = self.config = _with_specs(given)
@@ -404,6 +405,30 @@ def read(values: Mapping[str, Any]) -> dict[str, float]:
     tensors = {name: value.detach().float().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
     host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
     return {name: host[name] if name in host else float(value) for name, value in values.items()}
+
+
+def _check(given: Given) -> None:
+    """Raise for a part of another type than it must have: it would be left out without a word, or fail far from here."""
+    named, a_name = (str, Mapping, Component), "a plugin's name or a table with its options"
+    function, optimizer = "a function, or None", "a torch optimizer (for a function that makes one, what it makes)"
+    parts: dict[str, tuple[Any, tuple[Any, ...], str]] = {
+        "model": (given.model, (nn.Module,), "an nn.Module; the configuration names one as `model`"),
+        "loss": (given.loss, (Callable,), function),
+        "step": (given.step, (Callable,), function),
+        "optimizer": (given.optimizer, (torch.optim.Optimizer, *named), f"{optimizer}, {a_name}"),
+        "scheduler": (
+            given.scheduler,
+            (LRScheduler, ReduceLROnPlateau, Callable, *named),
+            f"a torch scheduler, a function, {a_name}",
+        ),
+        "data_collator": (given.collator, (Callable, type), "a function, a class that takes the samples, or None"),
+        "compute_metrics": (given.metrics, (Callable, Mapping), "a function, or a mapping of names to metrics"),
+        "precision": (given.precision, (Precision,), "a Precision; a name goes into TrainingConfig(precision=...)"),
+        "strategy": (given.strategy, (Strategy,), "a Strategy; a name goes into TrainingConfig(distributed=...)"),
+    }
+    for name, (part, types, what) in parts.items():
+        if part is not None and (not isinstance(part, types) or (isinstance(part, type) and type not in types)):
+            raise DrivetrainError(f"{name} must be {what}, not {part!r}")
 
 
 def _with_specs(given: Given) -> TrainingConfig:

@@ -81,6 +81,8 @@ class Trainer:
         config = TrainingConfig() if args is None else args
         if not isinstance(config, TrainingConfig):
             raise DrivetrainError(f"args must be a TrainingConfig, not {type(args).__name__}; see load_training_config.")
+        if isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable):
+            raise DrivetrainError(f"callbacks must be a list, with a single one in brackets, not {callbacks!r}")
         self._run_dir: Path | None = None
         self._started: float | None = None
         self._rng: Mapping[str, Any] | None = None  # of the end of the last sitting in this process

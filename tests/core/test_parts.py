@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from drivetrain import ConfigError, DeviceManager, OptimizerComponent, Trainer, TrainingConfig
+from drivetrain import ConfigError, DeviceManager, DrivetrainError, OptimizerComponent, Trainer, TrainingConfig
 from drivetrain.prepare import repeated_blocks
 
 
@@ -31,6 +31,31 @@ def test_device_manager_on_this_machine() -> None:
 def test_unknown_or_missing_devices_name_those_that_exist(name: str) -> None:
     with pytest.raises(ConfigError, match=r"device: .*Available: cpu"):
         DeviceManager(name)
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "remedy"),
+    [
+        ("model", nn.Linear, "an nn.Module"),
+        ("loss", nn.MSELoss, "a function"),
+        ("step", "step", "a function"),
+        ("optimizer", torch.optim.SGD, "a torch optimizer"),
+        ("optimizer", lambda model: torch.optim.SGD(model.parameters()), "for a function that makes one, what it makes"),
+        ("scheduler", 0.1, "a torch scheduler, a function"),
+        ("data_collator", [torch.stack], "a function"),
+        ("compute_metrics", ["accuracy"], "a mapping of names"),
+        ("precision", "bf16", r"TrainingConfig\(precision="),
+        ("strategy", "ddp", r"TrainingConfig\(distributed="),
+        ("callbacks", "progress", "in brackets"),
+        ("callbacks", nn.Identity(), "in brackets"),
+    ],
+)
+def test_a_part_of_another_type_is_refused_by_name(part: str, given: Any, remedy: str) -> None:
+    """None of them may be left out without a word, as an optimizer of an unknown kind once was."""
+    data = TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
+    parts = {"model": nn.Linear(4, 1), "loss": nn.MSELoss(), part: given}
+    with pytest.raises(DrivetrainError, match=rf"(?s)^{part} must be .*{remedy}.*not "):
+        Trainer(parts.pop("model"), TrainingConfig(standard_callbacks=False), data, **parts)
 
 
 class Plain(OptimizerComponent):

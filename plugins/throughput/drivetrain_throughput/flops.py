@@ -7,6 +7,7 @@ llm.c and PaLM do. Model FLOPs utilisation is the FLOPs of a second over the dev
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,7 @@ class StepCounter:
             self.flops = found or None
             self._possible = False
         elif self._possible:
-            self._mode = _Counting()
+            self._mode = _counting_mode()
             self._mode.__enter__()
 
     @property
@@ -78,20 +79,28 @@ class StepCounter:
             self._mode = None
 
 
-class _Counting(TorchDispatchMode):
-    """Adds up what torch's table says of each operation."""
+def _counting_mode() -> Any:
+    """A mode that adds up what torch's table says of each operation, in its `flops`."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
-        self._table = {**flop_registry, **_on_cpus()}
+    class Counting(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+            self.flops = 0
+            self._table = {**flop_registry, **_on_cpus()}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        count = self._table.get(func._overloadpacket)
-        if count is not None:
-            self.flops += int(count(*args, **(kwargs or {}), out_val=found))
-        return found
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            """Torch asks when the class is made, and would import the compiler, half a second, to keep it from tracing what follows."""
+            return "torch._dynamo" in sys.modules
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            count = self._table.get(func._overloadpacket)
+            if count is not None:
+                self.flops += int(count(*args, **(kwargs or {}), out_val=found))
+            return found
+
+    return Counting()
 
 
 def _on_cpus() -> dict[Any, Any]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,6 +79,13 @@ class Pair:
         for mine, its in zip(one["state"].values(), other["state"].values(), strict=True):
             assert mine.keys() == its.keys()
             assert all(torch.equal(mine[key], its[key]) and mine[key].dtype == its[key].dtype for key in mine)
+
+
+@pytest.fixture(autouse=True, params=["compiler imported", "compiler not imported"])
+def imported(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything here holds either way; torch's own optimizers, which take part, do import it."""
+    modules = {} if "not" in request.param else {"torch._dynamo": None}
+    monkeypatch.setattr(direct, "sys", SimpleNamespace(modules=modules))
 
 
 @pytest.fixture
@@ -377,3 +387,57 @@ def test_shards_are_updated_in_place_and_other_layouts_by_torch(classes: Any, me
     step(Shard(0), 5)
     assert len(whole) == 2
     assert all(isinstance(state["exp_avg"], DTensor) for state in optimizers[1].state.values())
+
+
+# -- without the compiler -----------------------------------------------------------------------------------------------------------
+
+TRAIN = """
+import copy, sys, torch
+from MODULE import CLASS as cls
+weights = [torch.ones(3, requires_grad=True) for _ in range(2)]
+optimizer = cls(weights[:1], lr=0.1, fused=True)
+optimizer.add_param_group({"params": weights[1:]})
+for _ in range(2):
+    sum(weight.square().sum() for weight in weights).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def imports_the_compiler(module: str, name: str) -> str:
+    code = TRAIN.replace("MODULE", module).replace("CLASS", name)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_the_compiler_is_not_imported(name: str) -> None:
+    assert imports_the_compiler("drivetrain_optimizers.direct", name) == "False"
+
+
+def test_torchs_own_import_it() -> None:
+    """The control; where this fails, torch has mended it and ours need nothing of their own."""
+    assert imports_the_compiler("torch.optim", "AdamW") == "True"
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_wrappers_of_others_stay(hooked: bool) -> None:
+    torch.optim.SGD([torch.ones(1)])  # now torch has put its hooks around the step
+
+    @functools.wraps(torch.optim.SGD.step if hooked else torch.optim.SGD.step.__wrapped__)
+    def patched(self: Any, closure: Any = None) -> str:
+        return "patched"
+
+    assert direct._hooked(patched)(torch.optim.SGD([torch.ones(1)])) == "patched"
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_gradients_are_recorded_only_where_the_update_is_to_be_differentiated(differentiable: bool) -> None:
+    weight, start = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    weight = start * 2 if differentiable else weight
+    optimizer = direct.SGD([weight], lr=0.1, differentiable=differentiable)
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    assert weight.requires_grad and (weight.grad_fn is not None) == differentiable
+    assert torch.is_grad_enabled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import re
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from tests.plugins.testing import broken, conftest
 
+from drivetrain import Callback, CallbackContext
 from drivetrain_testing import CheckError, ConformanceError, checks_for, conformance
 
 LAUNCHED = {"environment": {"TOY_RANK": "1"}}
@@ -130,6 +132,37 @@ def test_sound_plugins_pass() -> None:
                 not re.search("killed|ranks|silence|sibling", check.name)  # which start processes, or read metadata
             ):
                 check()
+
+
+class Busy:
+    """Is collected with a thousand calls."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __del__(self) -> None:
+        for _ in range(1000):
+            len("")
+
+
+class Litters(Callback):
+    def on_step_start(self, ctx: CallbackContext) -> None:
+        Busy()
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_garbage_that_is_collected_in_a_step_is_not_counted(automatic: bool) -> None:
+    """It may be another test's; and the collector is afterwards as it was."""
+    (check,) = [check for check in checks_for(Litters()) if check.name == "steps_cost_few_calls"]
+    before, was_enabled = gc.get_threshold(), gc.isenabled()
+    gc.set_threshold(1)
+    (gc.enable if automatic else gc.disable)()
+    try:
+        check()
+        assert gc.isenabled() == automatic
+    finally:
+        gc.set_threshold(*before)
+        (gc.enable if was_enabled else gc.disable)()
 
 
 GOOD = conftest.GOOD

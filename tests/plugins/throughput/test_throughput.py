@@ -379,7 +379,7 @@ def test_counting_changes_no_bit(monkeypatch: pytest.MonkeyPatch, mode: str) -> 
     """A run that goes on counts another step than one that was not interrupted, and must end with equal bits: so nothing may be taken
     apart and put together otherwise. The control computes products another way."""
     if mode != "ours":
-        monkeypatch.setattr("drivetrain_throughput.flops._Counting", Rounding)
+        monkeypatch.setattr("drivetrain_throughput.flops._counting_mode", Rounding)
 
     def weights(*callbacks: Callback) -> torch.Tensor:
         model = Normed()
