@@ -24,10 +24,10 @@ def environment() -> dict[str, Any]:
 
 def _processor() -> str:
     rows = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [row.partition(":")[2].strip() for row in rows if row.startswith("model name")]
-    flags = next((row for row in rows if row.startswith("flags")), "")
-    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
-    return f"{names[0] if names else platform.machine()} ({', '.join(wide)})"
+    said = {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in rows)}
+    wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in said.get("flags", "").split()]
+    numbers = [f"{key.removeprefix('cpu ')} {said[key]}" for key in ("cpu family", "model") if key in said]  # names hide generations
+    return f"{said.get('model name', platform.machine())} ({', '.join(numbers + wide)})"
 
 
 def save(folder: Path, name: str, result: dict[str, Any]) -> None:
