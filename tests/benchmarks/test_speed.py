@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+
+from drivetrain import Trainer, TrainingConfig
 
 SPEED = Path(__file__).with_name("speed")
 
@@ -42,6 +46,41 @@ def test_loops_and_engine_train_alike(tmp_path: Path) -> None:
         assert max(losses) - min(losses) < 0.2 * max(losses)
         assert (tmp_path / f"{part}.png").stat().st_size > 5000
     assert rows.keys() >= {"raw, tuned", "drivetrain"}
+
+
+@pytest.mark.slow
+def test_models_of_published_shapes_train_alike_at_toy_size(tmp_path: Path) -> None:
+    """QLoRA among them, whose layers and adapters the loop makes by hand."""
+    shapes = ["gpt2-124m", "llama-1b", "llama-1b-qlora"]
+    command = [
+        sys.executable,
+        str(SPEED / "gpu.py"),
+        "--toy",
+        "--out",
+        str(tmp_path),
+        "--engines",
+        "drivetrain",
+        "--shapes",
+        *shapes,
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    for shape in shapes:
+        rows = json.loads((tmp_path / f"{shape}.json").read_text())["rows"]
+        assert abs(rows["drivetrain"]["loss"] - rows["raw, tuned"]["loss"]) < 0.02
+
+
+def test_adapters_by_hand_are_those_of_the_mode(script: Any) -> None:
+    """As many trained numbers, in as many tensors, and as many bytes in all."""
+    task = script("speed/task").Task(model="llama", layers=2, width=64, context=32, vocabulary=512, qlora=True)
+    by_hand, loss = script("speed/task").build(task)
+    plain, _ = script("speed/task").build(replace(task, qlora=False))
+    config = TrainingConfig(training_mode={"use": "qlora", "r": 16}, precision="bf16", standard_callbacks=False, device="cpu")
+    ours = Trainer(plain, config, script("speed/task").data(task), loss=loss).model
+    assert sizes(by_hand) == sizes(ours)
+
+
+def sizes(model: nn.Module) -> list[Any]:
+    return sorted((p.requires_grad, p.numel() * p.element_size()) for p in model.parameters())
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """(g): language models of published shapes on a GPU: tokens per second, MFU and peak memory, in turns with other engines.
 
-    python tests/benchmarks/speed/gpu.py [--shapes gpt2-124m gpt2-350m llama-1b] [--rounds 5] [--out FOLDER]
+    python tests/benchmarks/speed/gpu.py [--shapes gpt2-124m gpt2-350m llama-1b llama-1b-qlora] [--rounds 5] [--out FOLDER]
     python tests/benchmarks/speed/gpu.py --toy       a try on a CPU whether everything runs
 
 bf16 autocast, fused AdamW, each block compiled, the same batches for all. MFU counts 6 N + 12 L d T FLOP for a token (llm.c's and
-PaLM's convention, attention not halved for causality) against the device's dense bf16 peak without sparsity.
+PaLM's convention, attention not halved for causality) against the device's dense bf16 peak without sparsity. With QLoRA (the base in
+four bits, adapters of rank 16) nothing is compiled, and there is no MFU: frozen weights have no gradients to count.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ SHAPES: dict[str, Task] = {
     "gpt2-350m": replace(GPU, layers=24, width=1024, heads=16, context=1024, vocabulary=50304, batch=8),
     "llama-1b": replace(GPU, model="llama", layers=16, width=2048, heads=32, context=2048, vocabulary=128256, batch=4),
 }
+SHAPES["llama-1b-qlora"] = replace(SHAPES["llama-1b"], qlora=True, compiled=False)
 NAMES = [BASE, "drivetrain", "accelerate", "lightning", "hf"]
 # Dense bf16 FLOP/s without sparsity, from the makers' data sheets; the first name found in the device's counts.
 PEAKS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "MI300X": 1307e12}
@@ -62,8 +64,11 @@ def measure(name: str, task: Task, names: list[str], rounds: int) -> dict[str, A
         row = summary(turns, found[BASE], task)
         flops = flops_per_token(turns[0]["parameters"], task) * row["per_second"]
         memory = turns[0]["peak_bytes"]
-        rows[engine] = row | {"mfu": flops / peak if peak else None, "peak_gib": memory / 2**30 if memory else None}
-    title = f"{name}, bf16, compiled, {task.batch} × {task.context} tokens"
+        rows[engine] = row | {
+            "mfu": flops / peak if peak and not task.qlora else None,
+            "peak_gib": memory / 2**30 if memory else None,
+        }
+    title = f"{name}, bf16, {'compiled, ' if task.compiled else ''}{task.batch} × {task.context} tokens"
     return {"part": name, "title": title, "rounds": rounds, "task": asdict(task), "versions": versions, "rows": rows}
 
 
@@ -97,8 +102,9 @@ def main() -> None:
         save(given.out, name, result)
         print(markdown(result), flush=True)
         for engine, row in result["rows"].items():
-            if row["mfu"] is not None:
-                print(f"{engine}: MFU {100 * row['mfu']:.1f} %, peak {row['peak_gib']:.1f} GiB", flush=True)
+            if row["peak_gib"] is not None:
+                utilisation = f"MFU {100 * row['mfu']:.1f} %, " if row["mfu"] else ""
+                print(f"{engine}: {utilisation}peak {row['peak_gib']:.1f} GiB", flush=True)
         plot(given.out / f"{name}.png", result)
 
 

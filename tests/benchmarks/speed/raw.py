@@ -41,7 +41,8 @@ def tuned(task: Task) -> Timed:
             block.compile()
     autocast = torch.autocast(task.device, torch.bfloat16, enabled=task.bf16)
     made = optimizer(model, task)
-    parameters, group = list(model.parameters()), made.param_groups[0]
+    group = made.param_groups[0]
+    parameters = group["params"]
     tensors = data(task).tensors
     generator = torch.Generator().manual_seed(task.seed)
     size = len(tensors[0]) // task.batch * task.batch

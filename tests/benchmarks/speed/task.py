@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from quantized import quantize
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -34,6 +35,7 @@ class Task:
         best: the engine's best documented settings, equal for all; else what it does by itself.
         steps: optimizer updates, of which the first `warmup` are not timed.
         turn: steps after which the next engine has its turn; 0 for a whole training.
+        qlora: frozen matrices in four bits and adapters beside them; a GPT's.
         folder: where an engine may write.
     """
 
@@ -55,6 +57,7 @@ class Task:
     device: str = "cpu"
     bf16: bool = False
     compiled: bool = False
+    qlora: bool = False
     folder: str = "."
 
     @property
@@ -211,7 +214,12 @@ def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 def build(task: Task) -> tuple[Timed, Any]:
     """The model with its first weights, and the loss function."""
     torch.manual_seed(task.seed)
-    return (Mlp(task), mse) if task.model == "mlp" else (Gpt(task), cross_entropy)
+    if task.model == "mlp":
+        return Mlp(task), mse
+    model = Gpt(task)
+    if task.qlora:
+        quantize(model, task.device)
+    return model, cross_entropy
 
 
 @cache
@@ -268,7 +276,8 @@ def loader(task: Task) -> Any:
 def optimizer(model: nn.Module, task: Task) -> torch.optim.Optimizer:
     """AdamW as the task says; `fused` where the best is wanted, which is not torch's default on a CPU."""
     fused = {"fused": True} if task.best else {}
-    return torch.optim.AdamW(model.parameters(), lr=task.lr, weight_decay=task.weight_decay, **fused)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=task.lr, weight_decay=task.weight_decay, **fused)
 
 
 def schedule(optimizer: torch.optim.Optimizer, task: Task) -> torch.optim.lr_scheduler.LambdaLR:
@@ -278,8 +287,11 @@ def schedule(optimizer: torch.optim.Optimizer, task: Task) -> torch.optim.lr_sch
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, loss: Any, task: Task) -> float:
-    """In fp32, whatever the model was trained in."""
+    """In fp32, whatever the model was trained in; one in four bits as it was trained."""
     count = 64 if task.vocabulary == VOCABULARY else 2
     x, y = (tensor[:count].to(task.device) for tensor in data(task, held_out=True).tensors)
     model.eval()
-    return float(loss(model.float()(x), y))
+    if not task.qlora:
+        model.float()
+    with torch.autocast(task.device, torch.bfloat16, enabled=task.qlora):
+        return float(loss(model(x), y))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from quantized import RANK
 from task import Task, Timed, build, data
 
 from drivetrain import Trainer, TrainingConfig
@@ -19,7 +21,7 @@ WATCHED: list[Any] = [  # "progress, logging every 50, checkpoint and early stop
 
 def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
     """With the best settings of the task and nothing that listens, unless `callbacks` are given; else all defaults."""
-    model, loss = build(task)
+    model, loss = build(replace(task, qlora=False))
     common: dict[str, Any] = {
         "seed": task.seed,
         "max_duration": f"{task.steps}st",
@@ -32,6 +34,8 @@ def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
         "device": task.device,
         "compile": task.compiled,
     }
+    if task.qlora:
+        common["training_mode"] = {"use": "qlora", "r": RANK, "alpha": RANK, "dropout": 0.0}
     adamw: dict[str, Any] = {"use": "adamw", "lr": task.lr, "weight_decay": task.weight_decay}
     if task.best:
         interval = f"{50 if callbacks else task.steps}st"
