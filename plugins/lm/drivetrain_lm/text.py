@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 STDLIB = "stdlib"
+_OF_ONE_MACHINE = "_sysconfigdata"  # how a file begins that holds settings of its build
 # Folders of the standard library that are no library code: tests, what pip put there, generated tables.
 _TESTS = ("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo")
 _SKIPPED = frozenset((*_TESTS, "encodings", "pydoc_data", "site-packages", "dist-packages"))
@@ -135,16 +137,14 @@ def find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
 
 def _find_files(path: str, pattern: str) -> tuple[Path, list[str]]:
     if path == STDLIB:
-        root, wanted = Path(sysconfig.get_path("stdlib")), "**/*.py"
-    else:
-        root, wanted = _root_and_glob(Path(path).expanduser(), pattern)
+        root = Path(sysconfig.get_path("stdlib"))
+        return root, _library(root)
+    root, wanted = _root_and_glob(Path(path).expanduser(), pattern)
     if not root.exists():
         raise _wrong_path(f"nothing is at {path!r}. Give a file, a folder, a glob or {STDLIB!r}.")
     if root.is_file():
         return root.parent, [root.name]
     names = sorted(found.relative_to(root).as_posix() for found in root.glob(wanted) if found.is_file())
-    if path == STDLIB:
-        names = [name for name in names if _is_library(name)]
     if not names:
         raise _wrong_path(f"no file matches {wanted!r} in {path!r}. Set pattern (for a folder) or another path.")
     return root, names
@@ -162,11 +162,14 @@ def _root_and_glob(path: Path, pattern: str) -> tuple[Path, str]:
     return Path(*path.parts[:magic]), "/".join(path.parts[magic:])
 
 
-def _is_library(name: str) -> bool:
-    *folders, file = name.split("/")
-    return _SKIPPED.isdisjoint(folders) and not file.startswith(
-        "_sysconfigdata"
-    )  # the latter are settings of one machine's build
+def _library(root: Path) -> list[str]:
+    """The standard library's own files; not even looked at is what lies beside them, ten times as many in site-packages."""
+    names = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        sources = [Path(folder, name) for name in files if name.endswith(".py")]
+        names += [path for path in sources if path.is_file() and not path.name.startswith(_OF_ONE_MACHINE)]
+    return sorted(path.relative_to(root).as_posix() for path in names)
 
 
 def held_out_names(names: Iterable[str], share: float) -> set[str]:
