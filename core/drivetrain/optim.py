@@ -69,6 +69,7 @@ class OptimizerComponent(Component):
 
     kind: ClassVar[str] = "optimizer"
     default_scheduler: ClassVar[str | dict[str, Any]] = "cosine"  # a name or table, where the configuration names none
+    reason = ""  # why the optimizer was made as it is, where that depends on the machine or the model
 
     lr: float = option(default=1e-3, help="peak learning rate; the schedule multiplies it")
     weight_decay: float = option(default=0.0, help="decay of the weights it applies to, see `decay`")

@@ -168,6 +168,24 @@ class Run:
             replaced.add("scheduler")  # a ready optimizer keeps its own learning rate unless a schedule is asked for
         return replaced
 
+    def choices(self) -> Iterator[tuple[str, Any, str]]:
+        """See `Trainer.choices`."""
+        ctx, config, cuda, given = self.ctx, self.config, self.devices.type == "cuda", "as configured"
+        found = "no accelerator that torch can use" if self.devices.type == "cpu" else f"torch finds {self.devices.name}"
+        yield "device", str(ctx.device), found if str(self.given.device or config.device) == "auto" else given
+        yield "distributed", ctx.strategy.name, ctx.strategy.reason
+        yield "precision", ctx.precision.name, ctx.precision.reason
+        if (optimizer := self.single.get("optimizer")) is not None:
+            name = optimizer.plugin_name.partition(":")[2]
+            yield "optimizer", name, getattr(optimizer, "reason", "")
+            if config.scheduler is None and (scheduler := self.single.get("scheduler")) is not None:
+                yield "scheduler", scheduler.plugin_name.partition(":")[2], f"goes with {name}"
+        pinned = "batches go to a CUDA GPU" if cuda else "no CUDA GPU"
+        yield "dataloader.pin_memory", self._pins_memory, pinned if config.dataloader.pin_memory is None else given
+        if config.global_batch_size is not None:
+            count = _accumulation(config, ctx.strategy)
+            yield "gradient_accumulation_steps", count, "global_batch_size over per_device_batch_size and processes"
+
     def _train_source(self) -> Source:
         data = self.given.train_dataset
         if data is None and (maker := self.single.get("data")) is not None:
@@ -185,6 +203,11 @@ class Run:
             data = _under("data", self.single.get("data"), lambda: self.pm.choose("make_eval_dataset", self.ctx))
         return None if data is None else self.eval_source_of(data)
 
+    @property
+    def _pins_memory(self) -> bool:
+        asked = self.config.dataloader.pin_memory
+        return self.devices.type == "cuda" if asked is None else asked
+
     def eval_source_of(self, data: Any) -> Source:
         """A source for evaluation: in order, nothing left out, one microbatch at a time."""
         return self._source(data, self.config.per_device_eval_batch_size or self.config.per_device_batch_size, 1, "eval")
@@ -195,7 +218,7 @@ class Run:
             loader.shuffle = loader.drop_last = False
         else:
             loader.num_workers = self.num_workers if num_workers is None else num_workers
-        pin = self.devices.type == "cuda" if loader.pin_memory is None else loader.pin_memory
+        pin = self._pins_memory
         collate = self.given.collator or self.pm.choose("make_collator", self.ctx)
         try:
             return make_source(

@@ -293,6 +293,10 @@ class Trainer:
         command: Any = load("command", "plan")
         return command.plan(self, ranks=ranks, device=device, **options)
 
+    def choices(self) -> list[tuple[str, Any, str]]:
+        """What was left to the engine ("auto", or no value): the key, what this machine and model made of it, and why."""
+        return list(self._run.choices())
+
     def plugins(self) -> list[str]:
         """The names of the run's components, in the order of their calls."""
         return [thing.plugin_name for thing in self._run.components]

@@ -75,7 +75,12 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
     try:
         return parser.parse_intermixed_args(words)
     except TypeError:  # its refusal for parsers with subcommands, before it looked at any word
-        return parser.parse_args(words)
+        arguments, others = parser.parse_known_args(words)
+    if others and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in others)):
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
+    elif others:
+        arguments.overrides += others  # key=value words after an option
+    return arguments
 
 
 def _find(name: str) -> Command:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drivetrain import TrainingConfig
 
 OVERRIDES = "values that replace those of the file: optimizer.lr=6e-4, callbacks.checkpoint.every=100st"
+HERE = "also what this machine makes of what is left open, and why; makes model and data, as a run does"
 
 
 class Config:
@@ -33,6 +34,8 @@ class Config:
             one.add_argument("file", metavar="FILE", help="the configuration (TOML, JSON, YAML with drivetrain-yaml)")
             one.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
             one.set_defaults(action=action)
+            if name == "explain":
+                one.add_argument("--here", action="store_true", help=HERE)
         one.add_argument("--output", metavar="FILE", type=Path, help="draw into lr.png (or .svg, .pdf) with matplotlib")
 
     def run(self, arguments: argparse.Namespace) -> int:
@@ -63,6 +66,11 @@ def _show(config: TrainingConfig, arguments: argparse.Namespace) -> None:
 def _explain(config: TrainingConfig, arguments: argparse.Namespace) -> None:
     for key, value, origin in _aligned(config.explain()):
         print(faint(f"{key}  {value}  {origin}", sys.stdout) if origin == "default" else f"{key}  {value}  {origin}")
+    if arguments.here:
+        from drivetrain import Trainer
+
+        chosen = _aligned(Trainer(args=config).choices())
+        print("\nhere:", *(f"{key}  {value}  {why}".rstrip() for key, value, why in chosen), sep="\n")
 
 
 def _aligned(rows: list[tuple[str, Any, str]]) -> list[tuple[str, str, str]]:

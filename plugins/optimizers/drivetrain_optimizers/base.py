@@ -70,21 +70,13 @@ class FusibleOptimizer(TorchOptimizer):
         Raises:
             ConfigError: for `fused = true` where it is impossible, and for options that `cls` refuses together.
         """
-        fused = self.fused is not False and fused_or_error(cls, ctx.model, self.fused, f"{self.path}.fused")
+        why_not = "as configured" if self.fused is False else why_not_fused(cls, ctx.model)
+        if self.fused and why_not is not None:
+            message = f"a fused {cls.__name__} is impossible here: {why_not}. Leave `fused` out."
+            raise ConfigError([Problem(f"{self.path}.fused", message)])
+        self.reason = "fused: one kernel for the whole update" if why_not is None else f"not fused: {why_not}"
         # not False: to torch that means "nor the foreach implementation"
-        return super().build(cls, ctx, fused=fused or None, **arguments)
-
-
-def fused_or_error(cls: type[torch.optim.Optimizer], model: nn.Module, wanted: bool | None, path: str) -> bool:
-    """Whether to use the fused `cls`: where possible.
-
-    Raises:
-        ConfigError: when it is `wanted` and impossible.
-    """
-    problem = why_not_fused(cls, model)
-    if wanted and problem is not None:
-        raise ConfigError([Problem(path, f"a fused {cls.__name__} is impossible here: {problem}. Leave `fused` out.")])
-    return problem is None
+        return super().build(cls, ctx, fused=why_not is None or None, **arguments)
 
 
 def why_not_fused(cls: type[torch.optim.Optimizer], model: nn.Module) -> str | None:

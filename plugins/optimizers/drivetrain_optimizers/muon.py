@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from drivetrain import CallbackContext, ConfigError, PluginError, Problem, component, option
-from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas, fused_or_error, number
+from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas, number, why_not_fused
 from drivetrain_optimizers.joined import Joined
 
 
@@ -67,7 +67,7 @@ class MuonTorch(TorchOptimizer):
                 f"muon_torch needs torch 2.9 or newer, here is {torch.__version__}. Upgrade, or use drivetrain-muon."
             )
         hidden = self._hidden(ctx.model)
-        fused = fused_or_error(torch.optim.AdamW, ctx.model, None, self.path)
+        fused = why_not_fused(torch.optim.AdamW, ctx.model) is None
         muon = {
             "algorithm": "muon",
             "momentum": self.momentum,

@@ -51,6 +51,25 @@ class TestExplain:
         assert rows["data.file"] == ["none", "default"]
         assert set(rows) == {key for key, _, _ in load_training_config("run.toml").explain()}
 
+    def test_what_is_left_open_is_explained_for_this_machine(self, drivetrain: Any) -> None:
+        """As a run finds it; the words may come before and after the option."""
+        said = drivetrain(
+            "config", "explain", "run.toml", "global_batch_size=32", "--here", "per_device_batch_size=8", "device=cpu"
+        )
+        values, _, here = said.out.partition("\nhere:\n")
+        words = ("global_batch_size=32", "per_device_batch_size=8", "device=cpu")
+        assert values == drivetrain("config", "explain", "run.toml", *words).out
+        rows = {line.split()[0]: line.split(maxsplit=2)[1:] for line in here.splitlines()}
+        assert rows["device"] == ['"cpu"', "as configured"]
+        assert rows["distributed"] == ['"single"', "one process"]
+        assert rows["precision"] == ['"fp32"', "full precision"]
+        assert rows["gradient_accumulation_steps"][0] == "4"
+        assert not Path("runs").exists()
+
+    def test_an_unknown_option_after_the_file_is_named(self, drivetrain: Any) -> None:
+        said = drivetrain("config", "explain", "run.toml", "--there", "seed=1")
+        assert said.code == 2 and "unrecognized arguments: --there" in said.err
+
     def test_columns_are_aligned_and_a_long_value_moves_only_its_own_line(self, drivetrain: Any) -> None:
         lines = drivetrain("config", "explain", "run.toml", f"model_name='{'x' * 60}'").out.splitlines()
         origins = {line.rindex(line.split()[-1]) for line in lines}

@@ -142,3 +142,25 @@ def test_a_wrong_option_is_reported_before_the_run() -> None:
         ConfigError, match=r"routed\.routes\[0\]\.sgd\.lr: must be at least 0(.|\n)*routes\[1\]: no plugin named"
     ):
         trainer(make_model(), {"use": "routed", "routes": routes})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sparse", "why"),
+    [
+        ("adamw", False, "fused: one kernel for the whole update"),
+        ({"use": "adamw", "fused": False}, False, "not fused: as configured"),
+        ("adamw", True, "not fused: '0' gives sparse gradients"),
+        ("muon_torch", False, ""),
+    ],
+)
+def test_choices_say_how_the_optimizer_was_made(optimizer: Any, sparse: bool, why: str) -> None:
+    model = nn.Sequential(nn.Embedding(8, 6, sparse=sparse), nn.Linear(6, 6, bias=False), nn.Linear(6, 1))
+    config = TrainingConfig(optimizer=optimizer, standard_callbacks=False, global_batch_size=24, device="cpu")
+    made = Trainer(model, config, make_data(), loss=nn.functional.mse_loss)
+    found = {key: (value, reason) for key, value, reason in made.choices()}
+    name = optimizer if isinstance(optimizer, str) else optimizer["use"]
+    assert found["optimizer"] == (name, why)
+    assert found["scheduler"] == ("cosine", f"goes with {name}")
+    assert found["precision"] == (made.ctx.precision.name, made.ctx.precision.reason)
+    assert found["gradient_accumulation_steps"][0] == 3
+    assert bool(made.ctx.optimizer.param_groups[0].get("fused")) == why.startswith("fused")
