@@ -137,8 +137,9 @@ def _child(order: Mapping[str, Any], main: Callable[[Sequence[str]], int]) -> No
 
 def _leave(code: int) -> NoReturn:
     """End as the interpreter does, but for taking its memory apart, which costs more than most calls: threads, handlers, buffers."""
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for a save in the background
-    atexit._run_exitfuncs()
+    for finish in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]  # first waits for a save in the background
+        with suppress(KeyboardInterrupt):  # which the interpreter only mentions then
+            finish()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

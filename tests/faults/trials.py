@@ -46,7 +46,7 @@ class Trials:
     Attributes:
         width: of the model: 64 makes a state of 60 KB, 512 one of 3 MB.
         places: the directories of runs that are elsewhere.
-        seconds: how long the uninterrupted run took.
+        seconds: how long the uninterrupted run took; `training`, without what comes before its first step and after its last.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Trials:
     variables: dict[str, str] = field(factory=dict)
     places: dict[str, Path] = field(factory=dict)
     seconds: float = 0.0
+    training: float = 0.0
     _server: Any = None
     _whole: Any = None
 
@@ -66,6 +67,7 @@ class Trials:
             ended = self.call(name)
             assert ended.code == 0, ended.err
             self.seconds = time.monotonic() - began
+        self.training = _newest(self.folder / "runs" / "again")["progress"]["seconds"]
         self._whole = final(self.folder / "runs" / "whole")
         assert self._whole["progress"]["step"] == self.steps
         return self
@@ -113,9 +115,13 @@ class Trials:
         return differing(final(self.run(name)), self._whole) == []
 
 
+def _newest(run: Path) -> Any:
+    return read_checkpoint(find_checkpoints(run)[0].path)
+
+
 def final(run: Path) -> Any:
     """The newest state of a run, without clocks and places."""
-    state = read_checkpoint(find_checkpoints(run)[0].path)
+    state = _newest(run)
     del state["manifest"], state["progress"]["seconds"]
     return state
 
@@ -152,7 +158,7 @@ def wait_for_an_instant(trials: Trials, name: str, chance: random.Random) -> Non
     step, root = chance.randrange(trials.steps), trials.run(name) / "checkpoints"
     while step and not trials.has_ended() and not (root / f"step-{step:08d}").exists():
         time.sleep(0.001)
-    time.sleep(chance.uniform(0.0, trials.seconds / (trials.steps if step else 2)))
+    time.sleep(chance.uniform(0.0, trials.training / trials.steps if step else trials.seconds / 2))
 
 
 def killed(trials: Trials, number: int, seed: int, kills: int = 2) -> Counter[str]:

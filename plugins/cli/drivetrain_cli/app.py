@@ -74,6 +74,10 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
         return parser.parse_args(words)
     try:
         return parser.parse_intermixed_args(words)
+    except AttributeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # which came before what its clean-up relies on (Python 3.11)
+            raise error.__context__ from None
+        raise
     except TypeError:  # its refusal for parsers with subcommands, before it looked at any word
         arguments, others = parser.parse_known_args(words)
     if others and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in others)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -188,6 +189,16 @@ class TestErrors:
 
         monkeypatch.setattr(toy_plugin.Greet, "run", interrupted)
         said = drivetrain("greet")
+        assert (said.code, said.err) == (130, "interrupted\n")
+
+    def test_ctrl_c_while_the_words_are_taken_apart(self, drivetrain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Argparse of Python 3.11 fails in its own clean-up then, with an AttributeError."""
+
+        def interrupted(*_: object) -> str:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(argparse.ArgumentParser, "format_usage", interrupted)
+        said = drivetrain("train", "run.toml")
         assert (said.code, said.err) == (130, "interrupted\n")
 
     def test_nothing_printed_can_steer_the_terminal(self, drivetrain: Any) -> None:
