@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def killed(trials: Trials, number: int, seed: int, kills: int = 2) -> Counter[st
             process = trials.start(name)
             wait_for_an_instant(trials, name, chance)
             if not trials.has_ended():
-                os.killpg(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended since
+                    os.killpg(process, signal.SIGKILL)
             ended = trials.wait()
             assert ended.code in (0, -signal.SIGKILL), ended.err
             count["hit"] += ended.code != 0
@@ -195,8 +197,10 @@ def signalled(trials: Trials, number: int, seed: int) -> Counter[str]:
             process = trials.start(name)
             wait_for_an_instant(trials, name, chance)
             for _ in range(2 if chance.random() < 0.3 else 1):
+                number = chance.choice(SIGNALS)
                 if not trials.has_ended():
-                    os.kill(process, chance.choice(SIGNALS))
+                    with suppress(ProcessLookupError):  # it has ended since
+                        os.kill(process, number)
                 time.sleep(chance.uniform(0.0, 0.02))
             ended = trials.wait()
             assert ended.code in allowed, (ended.code, ended.err)
