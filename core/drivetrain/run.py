@@ -170,9 +170,9 @@ class Run:
 
     def choices(self) -> Iterator[tuple[str, Any, str]]:
         """See `Trainer.choices`."""
-        ctx, config, cuda, given = self.ctx, self.config, self.devices.type == "cuda", "as configured"
+        ctx, config, configured = self.ctx, self.config, "as configured"
         found = "no accelerator that torch can use" if self.devices.type == "cpu" else f"torch finds {self.devices.name}"
-        yield "device", str(ctx.device), found if str(self.given.device or config.device) == "auto" else given
+        yield "device", str(ctx.device), found if str(self.given.device or config.device) == "auto" else configured
         yield "distributed", ctx.strategy.name, ctx.strategy.reason
         yield "precision", ctx.precision.name, ctx.precision.reason
         if (optimizer := self.single.get("optimizer")) is not None:
@@ -180,8 +180,8 @@ class Run:
             yield "optimizer", name, getattr(optimizer, "reason", "")
             if config.scheduler is None and (scheduler := self.single.get("scheduler")) is not None:
                 yield "scheduler", scheduler.plugin_name.partition(":")[2], f"goes with {name}"
-        pinned = "batches go to a CUDA GPU" if cuda else "no CUDA GPU"
-        yield "dataloader.pin_memory", self._pins_memory, pinned if config.dataloader.pin_memory is None else given
+        pinned = "batches go to a CUDA GPU" if self.devices.type == "cuda" else "no CUDA GPU"
+        yield "dataloader.pin_memory", self._pins_memory, pinned if config.dataloader.pin_memory is None else configured
         if config.global_batch_size is not None:
             count = _accumulation(config, ctx.strategy)
             yield "gradient_accumulation_steps", count, "global_batch_size over per_device_batch_size and processes"
@@ -218,7 +218,6 @@ class Run:
             loader.shuffle = loader.drop_last = False
         else:
             loader.num_workers = self.num_workers if num_workers is None else num_workers
-        pin = self._pins_memory
         collate = self.given.collator or self.pm.choose("make_collator", self.ctx)
         try:
             return make_source(
@@ -227,7 +226,7 @@ class Run:
                 seed=self.config.seed,
                 loader=loader,
                 collate=collate,
-                pin=pin,
+                pin=self._pins_memory,
             )
         except DataError as error:
             raise DataError(f"{which} data: {error}") from None

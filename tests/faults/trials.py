@@ -197,10 +197,10 @@ def signalled(trials: Trials, number: int, seed: int) -> Counter[str]:
             process = trials.start(name)
             wait_for_an_instant(trials, name, chance)
             for _ in range(2 if chance.random() < 0.3 else 1):
-                number = chance.choice(SIGNALS)
+                which = chance.choice(SIGNALS)
                 if not trials.has_ended():
                     with suppress(ProcessLookupError):  # it has ended since
-                        os.kill(process, number)
+                        os.kill(process, which)
                 time.sleep(chance.uniform(0.0, 0.02))
             ended = trials.wait()
             assert ended.code in allowed, (ended.code, ended.err)

@@ -79,11 +79,16 @@ def _parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namesp
             raise error.__context__ from None
         raise
     except TypeError:  # its refusal for parsers with subcommands, before it looked at any word
-        arguments, others = parser.parse_known_args(words)
+        return _with_later_words(parser, words)
+
+
+def _with_later_words(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Parse, with key=value words after options as well as before."""
+    arguments, others = parser.parse_known_args(words)
     if others and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in others)):
         parser.error(f"unrecognized arguments: {' '.join(others)}")
-    elif others:
-        arguments.overrides += others  # key=value words after an option
+    if others:
+        arguments.overrides += others
     return arguments
 
 

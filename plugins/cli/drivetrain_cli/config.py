@@ -24,19 +24,20 @@ class Config:
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare `show`, `explain` and `plot`."""
-        actions = parser.add_subparsers(metavar="ACTION", required=True)
+        actions, parsers = parser.add_subparsers(metavar="ACTION", required=True), {}
         for name, action, help in (
             ("show", _show, "the resolved configuration, defaults included, as TOML"),
             ("explain", _explain, "every value with its origin: default, the file, or override"),
             ("plot", _plot, "the learning rate over the run, as a curve"),
         ):
-            one = actions.add_parser(name, help=help, description=f"Print {help}.")
+            one = parsers[name] = actions.add_parser(name, help=help, description=f"Print {help}.")
             one.add_argument("file", metavar="FILE", help="the configuration (TOML, JSON, YAML with drivetrain-yaml)")
             one.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
             one.set_defaults(action=action)
-            if name == "explain":
-                one.add_argument("--here", action="store_true", help=HERE)
-        one.add_argument("--output", metavar="FILE", type=Path, help="draw into lr.png (or .svg, .pdf) with matplotlib")
+        parsers["explain"].add_argument("--here", action="store_true", help=HERE)
+        parsers["plot"].add_argument(
+            "--output", metavar="FILE", type=Path, help="draw into lr.png (or .svg, .pdf) with matplotlib"
+        )
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Print the configuration, or what was asked about it."""

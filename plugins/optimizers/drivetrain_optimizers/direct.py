@@ -45,15 +45,10 @@ class _Group(NamedTuple):
     placements: Any  # of the shards, where they are some (DTensor)
 
 
-def _is_torchs(wrapper: Callable[..., Any]) -> bool:
-    """Whether torch has put it around a method, and not somebody else."""
-    return wrapper.__globals__["__name__"] in ("torch._compile", "torch.optim.optimizer") and hasattr(wrapper, "__wrapped__")
-
-
 def _unwrapped(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method` without what torch has put around it."""
-    while _is_torchs(method):
-        method = method.__wrapped__  # type: ignore[attr-defined]
+    """`method` without what torch has put around it; the wrappers of others stay."""
+    while method.__globals__["__name__"] in ("torch._compile", "torch.optim.optimizer") and hasattr(method, "__wrapped__"):
+        method = method.__wrapped__
     return method
 
 
@@ -158,19 +153,17 @@ def _same(now: Collection[Any], before: Sequence[Any]) -> bool:
 
 def _hooked(step: Callable[..., Any]) -> Callable[..., Any]:
     """torch's step of a class, with profiler and hooks around it as torch puts them when it makes the first one of a class."""
-    if not getattr(step, "hooked", False):
-        guarded = step
-    elif _is_torchs(step):
-        guarded = step.__wrapped__  # type: ignore[attr-defined]
-    else:
-        return step
+    hook = torch.optim.Optimizer.profile_hook_step
+    guarded = step if getattr(step, "hooked", False) else hook(step)
     bare = _unwrapped(guarded)
+    if bare is guarded:  # somebody else's wrapper around torch's
+        return guarded
 
     def plain(self: torch.optim.Optimizer, closure: Any = None) -> Any:
         with torch.set_grad_enabled(self.defaults["differentiable"]):  # the other thing that torch's wrapper does
             return bare(self, closure)
 
-    return torch.optim.Optimizer.profile_hook_step(_without_compiler(guarded, plain))
+    return _without_compiler(guarded, hook(plain))
 
 
 class _AdamFamily(_Direct):

@@ -27,6 +27,5 @@ def quantize(model: Any, device: str) -> None:
     for module in (model.tokens, model.positions, model.head):
         if module is not None:
             module.bfloat16()
-    peft.get_peft_model(
-        model, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(names))
-    )  # changes the model itself
+    adapters = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sorted(names))
+    peft.get_peft_model(model, adapters)  # changes the model itself

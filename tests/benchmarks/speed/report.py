@@ -26,9 +26,8 @@ def _processor() -> str:
     rows = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     said = {key.strip(): value.strip() for key, _, value in (row.partition(":") for row in rows)}
     wide = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in said.get("flags", "").split()]
-    numbers = [
-        f"{key.removeprefix('cpu ')} {said[key]}" for key in ("cpu family", "model") if key in said
-    ]  # names hide generations
+    # a virtual machine's name for it may hide the generation
+    numbers = [f"{key.removeprefix('cpu ')} {said[key]}" for key in ("cpu family", "model") if key in said]
     return f"{said.get('model name', platform.machine())} ({', '.join(numbers + wide)})"
 
 
