@@ -8,6 +8,7 @@ goes on for SECONDS, and for RUNS at least. LEAK, the negative control, names wh
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import json
@@ -164,6 +165,8 @@ def one_run(folder: Path, chance: random.Random, count: Counter[str], longest: f
 def size(shared_before: set[str]) -> dict[str, int]:
     """Of this process: open files, threads, resident bytes, child processes; and shared memory that torch has left behind."""
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # when glibc itself gives back what is free in its heaps, 16 MB at a time here, is chance
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     left = {name for name in os.listdir(SHARED) if name.startswith("torch_")} - shared_before if SHARED.is_dir() else set()
