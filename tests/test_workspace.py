@@ -49,7 +49,7 @@ OPTIONAL = defaultdict(
 
 # The core's modules, lowest first: a module imports only from lines above its own.
 LAYERS = """
-    errors  catalogue  duration  hookspecs  commands  meetings  synchronizer  scalars
+    errors  catalogue  duration  hookspecs  commands  limits  meetings  synchronizer  scalars
     registry  structure  loss  precision  strategy  peers  rng  output  agenda  context  compiling  activations
     cluster  loading
     components  devices  formats  calling  distributed

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, cast, dataclass_transform
 import attrs
 
 from drivetrain.errors import ConfigError, PluginError, Problem
+from drivetrain.limits import Limits
 from drivetrain.registry import find
 from drivetrain.structure import structure, unknown_key, unstructure
 
@@ -16,22 +17,34 @@ HOOK_MARK = "drivetrain_hook"
 
 
 def option(
-    *, default: Any = attrs.NOTHING, factory: Callable[[], Any] | None = None, help: str = "", validator: Any = None
+    *,
+    default: Any = attrs.NOTHING,
+    factory: Callable[[], Any] | None = None,
+    help: str = "",
+    validator: Any = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """One option of a component: a typed attrs field with a line of help. Without `default` or `factory` it must be given.
 
-    `validator(component, field, value)` raises ValueError for a value that will not do; the error that people see names the option.
+    A number, or each of several, must be `at_least` so much, or `above` that, and `at_most` or `below`. For anything else
+    `validator(component, field, value)` raises ValueError; the error that people see names the option.
     """
     chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
-    return attrs.field(**chosen, validator=validator and _naming(validator), metadata={"help": help})
+    limits = Limits(at_least, above, at_most, below)
+    return attrs.field(**chosen, validator=_naming(limits, validator), metadata={"help": help, "limits": limits})
 
 
-def _naming(validator: Any) -> Callable[[Any, Any, Any], None]:
-    given = validator if callable(validator) else attrs.validators.and_(*validator)
+def _naming(limits: Limits, validator: Any) -> Callable[[Any, Any, Any], None]:
+    given = validator if validator is None or callable(validator) else attrs.validators.and_(*validator)
 
     def check(instance: Any, field: Any, value: Any) -> None:
         try:
-            given(instance, field, value)
+            limits.check(value)
+            if given is not None:
+                given(instance, field, value)
         except ValueError as error:
             raise ConfigError([Problem(field.name, str(error))]) from None
 

@@ -6,7 +6,7 @@ import enum
 import os
 import re
 import types
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +19,7 @@ from drivetrain.components import Component, fields_of, make_component
 from drivetrain.duration import Duration
 from drivetrain.errors import ConfigError, PluginError, Problem
 from drivetrain.formats import read_table, write_table
+from drivetrain.limits import Limits
 from drivetrain.registry import candidates, is_installed, load_file, naming
 from drivetrain.structure import structure, unknown_key, unstructure
 
@@ -46,9 +47,9 @@ class TrainingMode(enum.Enum):
     PRETRAINING = "pretraining"
 
 
-def _key(default: Any = None, help: str = "", *, kind: str = "", minimum: float | None = None, factory: Any = None) -> Any:
+def _key(default: Any = None, help: str = "", *, kind: str = "", at_least: float | None = None, factory: Any = None) -> Any:
     given: dict[str, Any] = {"factory": factory} if factory else {"default": default}
-    return attrs.field(metadata={"help": help, "kind": kind, "minimum": minimum}, **given)
+    return attrs.field(metadata={"help": help, "kind": kind, "limits": Limits(at_least)}, **given)
 
 
 @attrs.define(kw_only=True)
@@ -56,12 +57,12 @@ class DataLoaderConfig:
     """How samples are fetched. None of these changes which samples a step sees or their random numbers, but for `shuffle` and
     `drop_last`."""
 
-    num_workers: int = _key(0, "worker processes; 0 fetches in the training process", minimum=0)
+    num_workers: int = _key(0, "worker processes; 0 fetches in the training process", at_least=0)
     shuffle: bool = _key(True, "a new order in each epoch, fixed by (seed, epoch)")
     drop_last: bool = _key(False, "leave out a last microbatch that is not full")
     pin_memory: bool | None = _key(None, "page-locked host memory for faster copies; by default on CUDA devices only")
-    prefetch_factor: int = _key(2, "microbatches fetched ahead by each worker", minimum=1)
-    timeout: float = _key(0.0, "seconds to wait for a worker, then an error; 0 waits for ever", minimum=0)
+    prefetch_factor: int = _key(2, "microbatches fetched ahead by each worker", at_least=1)
+    timeout: float = _key(0.0, "seconds to wait for a worker, then an error; 0 waits for ever", at_least=0)
 
 
 def _on_set(config: TrainingConfig, attribute: attrs.Attribute[Any], value: Any) -> Any:
@@ -103,16 +104,16 @@ class TrainingConfig:
     eval_data: Spec = _key(None, "the evaluation data; without it, the part that `data` holds out, if it does", kind="dataset")
     run_name: str | None = _key(None, "the run's directory is output_dir/run_name")
     output_dir: Path = _key(Path("runs"), "where runs are kept")
-    seed: int = _key(0, "fixes initial weights of built models, sample order, augmentation and dropout", minimum=0)
+    seed: int = _key(0, "fixes initial weights of built models, sample order, augmentation and dropout", at_least=0)
     max_duration: Duration = _key(Duration(3, "ep"), "when to stop: '3ep', '1000st', '1e9tok', '2h'")
-    per_device_batch_size: int = _key(8, "samples in one microbatch of one process", minimum=1)
-    per_device_eval_batch_size: int | None = _key(None, "the same in evaluation; by default per_device_batch_size", minimum=1)
-    gradient_accumulation_steps: int = _key(1, "microbatches in one step", minimum=1)
-    global_batch_size: int | None = _key(None, "samples in one step of all processes, in place of the accumulation", minimum=1)
+    per_device_batch_size: int = _key(8, "samples in one microbatch of one process", at_least=1)
+    per_device_eval_batch_size: int | None = _key(None, "the same in evaluation; by default per_device_batch_size", at_least=1)
+    gradient_accumulation_steps: int = _key(1, "microbatches in one step", at_least=1)
+    global_batch_size: int | None = _key(None, "samples in one step of all processes, in place of the accumulation", at_least=1)
     precision: Spec = _key(None, "fp32, tf32, bf16, fp16; by default what the device runs best", kind="precision")
     optimizer: Spec = _key(None, "the optimizer; by default adamw", kind="optimizer")
     scheduler: Spec = _key(None, "the learning rate over the run; by default cosine", kind="scheduler")
-    max_grad_norm: float | None = _key(1.0, "clip the gradients' total norm to this; false to leave them", minimum=0)
+    max_grad_norm: float | None = _key(1.0, "clip the gradients' total norm to this; false to leave them", at_least=0)
     distributed: Spec = _key("auto", "ddp, fsdp, mpi, none; auto picks by the launch environment", kind="strategy")
     device: str = _key("auto", "cpu, cuda, cuda:1, mps, xpu, a plugin's; auto picks the accelerator if there is one")
     callbacks: list[Spec] = _key(help="callbacks to add, or to configure when they are standard ones", factory=list)
@@ -490,22 +491,20 @@ def _structured(f: attrs.Attribute[Any], value: Any) -> Any:
     if value is False and _optional(wanted):
         return None
     result = structure(value, wanted, f.name) if not isinstance(value, DataLoaderConfig) else value
-    minimum = f.metadata["minimum"]
-    if minimum is not None and isinstance(result, (int, float)) and not result >= minimum:  # nor is NaN
-        raise ConfigError([Problem(f.name, f"must be at least {minimum}, got {result}")])
-    if isinstance(result, DataLoaderConfig):
-        _check_minimums(result, f.name)
+    if problems := list(_outside(f, result, f.name)):
+        raise ConfigError(problems)
     return result
 
 
-def _check_minimums(table: Any, path: str) -> None:
-    problems = []
-    for f in attrs.fields(type(table)):
-        minimum, value = f.metadata["minimum"], getattr(table, f.name)
-        if minimum is not None and value < minimum:
-            problems.append(Problem(f"{path}.{f.name}", f"must be at least {minimum}, got {value}"))
-    if problems:
-        raise ConfigError(problems)
+def _outside(f: attrs.Attribute[Any], value: Any, path: str) -> Iterator[Problem]:
+    """What is outside its limits, in a table each key that is."""
+    if isinstance(value, DataLoaderConfig):
+        for inner in attrs.fields(DataLoaderConfig):
+            yield from _outside(inner, getattr(value, inner.name), f"{path}.{inner.name}")
+    try:
+        f.metadata["limits"].check(value)
+    except ValueError as error:
+        yield Problem(path, str(error))
 
 
 def _optional(wanted: Any) -> bool:

@@ -23,7 +23,7 @@ class LossFloor(Callback):
     """
 
     floor: float = option(help="stop below this loss")
-    patience: int = option(default=3, help="logging steps in a row")
+    patience: int = option(default=3, at_least=1, help="logging steps in a row")
     hits: int = state(default=0)  # saved in every checkpoint and restored from it
 
     def on_log(self, ctx: CallbackContext) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
@@ -316,6 +317,44 @@ def test_config_never_names_a_callable(tmp_path: Path) -> None:
     for name in ("os.system", "os:system", "builtins.eval", "torch.hub.load", "subprocess:run"):
         with pytest.raises(ConfigError, match="no plugin named"):
             load_training_config(write(tmp_path, json.dumps({"optimizer": {"use": name}}), "run.json"))
+
+
+class TestLimits:
+    @component
+    class Limited(Callback):
+        share: float = option(default=0.5, at_least=0, below=1)
+        steps: int | None = option(default=None, above=0, at_most=10)
+        betas: tuple[float, float] = option(default=(0.0, 0.9), at_least=0, below=1)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("share", -0.1, "must be at least 0 and below 1, got -0.1"),
+            ("share", 1.0, "must be at least 0 and below 1, got 1.0"),
+            ("share", math.nan, "must be at least 0 and below 1, got nan"),
+            ("steps", 0, "must be above 0 and at most 10, got 0"),
+            ("steps", 11, "must be above 0 and at most 10, got 11"),
+            ("betas", (0.5, 1.0), "must be at least 0 and below 1, got 1.0"),
+        ],
+    )
+    def test_a_number_outside_is_named(self, name: str, value: Any, message: str) -> None:
+        with pytest.raises(ConfigError) as at_making:
+            self.Limited(**{name: value})
+        made = self.Limited()
+        with pytest.raises(ConfigError) as at_setting:
+            setattr(made, name, value)
+        for error in (at_making.value, at_setting.value):
+            assert [(problem.path, problem.message) for problem in error.problems] == [(name, message)]
+
+    @pytest.mark.parametrize("given", [{"share": 0}, {"share": 0.99}, {"steps": 10}, {"steps": None}, {"betas": (0.0, 0.0)}])
+    def test_the_ends_and_none_are_within(self, given: dict[str, Any]) -> None:
+        made = self.Limited(**given)
+        assert {name: getattr(made, name) for name in given} == given
+
+    def test_a_table_names_every_key_outside(self) -> None:
+        with pytest.raises(ConfigError) as caught:
+            TrainingConfig(dataloader={"num_workers": -1, "prefetch_factor": 0})
+        assert [problem.path for problem in caught.value.problems] == ["dataloader.num_workers", "dataloader.prefetch_factor"]
 
 
 def test_an_option_may_have_several_validators_and_is_named_by_each() -> None:

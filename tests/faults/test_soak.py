@@ -33,7 +33,9 @@ def grown(rows: list[dict[str, Any]]) -> set[str]:
     """What there was more of throughout the last third of the runs than at any time of the second; the first is for warming up."""
     third = len(rows) // 3
     before, after = rows[third : 2 * third], rows[2 * third :]
-    return {name for name, more in MAY_GROW.items() if min(row[name] for row in after) > max(row[name] for row in before) + more}
+    return {
+        name for name, more in MAY_GROW.items() if min(row[name] for row in after) > max(row[name] for row in before) + more
+    }
 
 
 def test_eight_runs(tmp_path: Path) -> None:

@@ -30,11 +30,6 @@ _LONGEST_VALUE = 6000
 _REFUSED = ("INVALID_PARAMETER_VALUE", "INVALID_STATE")  # what MLflow says of a value, not of itself
 
 
-def _positive(instance: Any, attribute: Any, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"must be more than 0, got {value}")
-
-
 @component
 class MlflowTracker(Tracker):
     """Record a run with MLflow: values, configuration as parameters, texts as artifacts.
@@ -52,7 +47,7 @@ class MlflowTracker(Tracker):
     experiment: str = option(default="drivetrain", help="the experiment's name")
     name: str | None = option(default=None, help="the run's name; run_name by default")
     timeout: float = option(
-        default=30.0, validator=_positive, help="seconds to wait for a server, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say"
+        default=30.0, above=0, help="seconds to wait for a server, where MLFLOW_HTTP_REQUEST_TIMEOUT does not say"
     )
 
     run_id: str | None = state(default=None)

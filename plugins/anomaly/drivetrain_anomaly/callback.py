@@ -35,19 +35,6 @@ _MOST_UNREAD = 1024
 _NEVER = float("inf")
 
 
-def _more_than(least: float) -> Any:
-    def check(instance: Any, attribute: Any, value: float | None) -> None:
-        if value is not None and not value > least:
-            raise ValueError(f"must be more than {least:g}, got {value}")
-
-    return check
-
-
-def _decay(instance: Any, attribute: Any, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"must be at least 0 and below 1, got {value}")
-
-
 @component
 class AnomalyCallback(Callback):
     """Find NaN, infinity and spikes in loss and gradients, keep them out of the weights, and say what they were.
@@ -83,18 +70,16 @@ class AnomalyCallback(Callback):
     nonfinite: Policy = option(default="raise", help="what to do about NaN and infinity: raise, skip, rollback or ignore")
     spike: Policy = option(default="ignore", help="what to do about spikes")
     norm_factor: float | None = option(
-        default=10.0, validator=_more_than(1), help="a gradient norm above this many means is a spike; null for none"
+        default=10.0, above=1, help="a gradient norm above this many means is a spike; null for none"
     )
-    loss_factor: float | None = option(
-        default=None, validator=_more_than(1), help="a loss above this many means is a spike; null for none"
-    )
-    warmup: int = option(default=50, validator=_more_than(0), help="good steps before anything is called a spike")
-    decay: float = option(default=0.98, validator=_decay, help="of the exponential means")
+    loss_factor: float | None = option(default=None, above=1, help="a loss above this many means is a spike; null for none")
+    warmup: int = option(default=50, at_least=1, help="good steps before anything is called a spike")
+    decay: float = option(default=0.98, at_least=0, below=1, help="of the exponential means")
     renew_every: int = option(
-        default=32, validator=_more_than(0), help="steps from one renewal of the means and of the limits by them to the next"
+        default=32, at_least=1, help="steps from one renewal of the means and of the limits by them to the next"
     )
-    snapshot_every: int = option(default=100, validator=_more_than(0), help="steps between two snapshots for rollback")
-    max_rollbacks: int = option(default=10, validator=_more_than(0), help="so many in a run; one more ends it")
+    snapshot_every: int = option(default=100, at_least=1, help="steps between two snapshots for rollback")
+    max_rollbacks: int = option(default=10, at_least=1, help="so many in a run; one more ends it")
 
     left_out: list[tuple[int, int]] = state(factory=list)  # (epoch, window), for good
 

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import torch
 
-from drivetrain import CallbackContext, component
-from drivetrain_bitsandbytes.base import DECAY_HELP, EPS_HELP, LR_HELP, Optimizer8bit, embeddings, number, optim
+from drivetrain import CallbackContext, component, option
+from drivetrain_bitsandbytes.base import DECAY_HELP, EPS_HELP, LR_HELP, Optimizer8bit, embeddings, optim
 
 __all__ = [
     "AdEMAMix8bit",
@@ -42,9 +42,9 @@ class AdamW8bit(Optimizer8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.AdamW8bit
 
-    weight_decay: float = number(0.01, DECAY_HELP)
-    betas: tuple[float, float] = number((0.9, 0.999), _BETAS, below=1.0)
-    eps: float = number(1e-8, EPS_HELP)
+    weight_decay: float = option(default=0.01, at_least=0, help=DECAY_HELP)
+    betas: tuple[float, float] = option(default=(0.9, 0.999), at_least=0, below=1, help=_BETAS)
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """The optimizer over the parameters of `ctx.model`."""
@@ -74,7 +74,7 @@ class Adam8bit(AdamW8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.Adam8bit
 
-    weight_decay: float = number(0.0, DECAY_HELP)
+    weight_decay: float = option(default=0.0, at_least=0, help=DECAY_HELP)
 
 
 @component
@@ -87,8 +87,10 @@ class Lion8bit(Optimizer8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.Lion8bit
 
-    lr: float = number(1e-4, LR_HELP)
-    betas: tuple[float, float] = number((0.9, 0.99), "averaging factors of the update and of the momentum", below=1.0)
+    lr: float = option(default=1e-4, at_least=0, help=LR_HELP)
+    betas: tuple[float, float] = option(
+        default=(0.9, 0.99), at_least=0, below=1, help="averaging factors of the update and of the momentum"
+    )
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """The optimizer over the parameters of `ctx.model`."""
@@ -116,13 +118,16 @@ class AdEMAMix8bit(Optimizer8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.AdEMAMix8bit
 
-    weight_decay: float = number(0.01, DECAY_HELP)
-    betas: tuple[float, float, float] = number(
-        (0.9, 0.999, 0.9999), "averaging factors of gradient, squared gradient, and gradient, slowly", below=1.0
+    weight_decay: float = option(default=0.01, at_least=0, help=DECAY_HELP)
+    betas: tuple[float, float, float] = option(
+        default=(0.9, 0.999, 0.9999),
+        at_least=0,
+        below=1,
+        help="averaging factors of gradient, squared gradient, and gradient, slowly",
     )
-    alpha: float = number(5.0, "weight of the slow average")
-    ramp: int | None = number(None, "steps over which alpha and the slow averaging factor grow", above=True)
-    eps: float = number(1e-8, EPS_HELP)
+    alpha: float = option(default=5.0, at_least=0, help="weight of the slow average")
+    ramp: int | None = option(default=None, at_least=1, help="steps over which alpha and the slow averaging factor grow")
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """The optimizer over the parameters of `ctx.model`."""
@@ -146,8 +151,10 @@ class SGD8bit(Optimizer8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.SGD8bit
 
-    lr: float = number(1e-2, LR_HELP)
-    momentum: float = number(0.9, "factor of the earlier updates; without momentum there is no state", below=1.0, above=True)
+    lr: float = option(default=1e-2, at_least=0, help=LR_HELP)
+    momentum: float = option(
+        default=0.9, above=0, below=1, help="factor of the earlier updates; without momentum there is no state"
+    )
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """The optimizer over the parameters of `ctx.model`."""
@@ -163,9 +170,9 @@ class RMSprop8bit(Optimizer8bit):
 
     algorithm: ClassVar[type[torch.optim.Optimizer]] = optim.RMSprop8bit
 
-    lr: float = number(1e-2, LR_HELP)
-    alpha: float = number(0.99, "averaging factor of the squared gradient", below=1.0, above=True)
-    eps: float = number(1e-8, EPS_HELP)
+    lr: float = option(default=1e-2, at_least=0, help=LR_HELP)
+    alpha: float = option(default=0.99, above=0, below=1, help="averaging factor of the squared gradient")
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """The optimizer over the parameters of `ctx.model`."""

@@ -30,20 +30,6 @@ DECAY_HELP = "decay of the weights it applies to, see `decay`"
 EPS_HELP = "added to the denominator"
 
 
-def number(default: Any, help: str, *, below: float = float("inf"), above: bool = False) -> Any:
-    """An option that is a number, or numbers, from 0 up to and without `below`; not 0 itself with `above`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(item, (int, float)):  # what is no number is reported by its type
-                continue
-            if not 0 <= item < below or (above and item == 0):
-                limit = "" if below == float("inf") else f" and below {below:g}"
-                raise ConfigError([Problem(field.name, f"must be {'above' if above else 'at least'} 0{limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
-
-
 @component
 class Optimizer8bit(OptimizerComponent):
     """Base of the optimizers here: a class of `bitsandbytes.optim` whose state is stored in 8 bits.
@@ -58,11 +44,12 @@ class Optimizer8bit(OptimizerComponent):
     algorithm: ClassVar[type[torch.optim.Optimizer]]
     paged: ClassVar[bool] = False
 
-    lr: float = number(1e-3, LR_HELP)
-    weight_decay: float = number(0.0, DECAY_HELP)
-    min_8bit_size: int = number(
-        4096,
-        "tensors with fewer elements keep a 32-bit state: they take next to no memory, and norms and biases are the "
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
+    weight_decay: float = option(default=0.0, at_least=0, help=DECAY_HELP)
+    min_8bit_size: int = option(
+        default=4096,
+        at_least=0,
+        help="tensors with fewer elements keep a 32-bit state: they take next to no memory, and norms and biases are the "
         "parameters that rounding hurts most",
     )
     quantize_embeddings: bool = option(

@@ -48,16 +48,6 @@ _BEFORE_THE_STEP = (
 )
 
 
-def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"must be at least 1, or null to keep every checkpoint, got {value}")
-
-
-def _not_negative(instance: Any, attribute: Any, value: int) -> None:
-    if value < 0:
-        raise ValueError(f"must be at least 0, got {value}")
-
-
 @component
 class CheckpointCallback(Callback):
     """Save everything the run needs to go on exactly, and go on from it.
@@ -72,13 +62,13 @@ class CheckpointCallback(Callback):
     without_gradients: ClassVar[bool] = True
 
     every: Duration = option(default=Duration(500, "st"), help="how often to save, such as '500st', '1ep' or '15min'")
-    keep_last: int | None = option(default=3, validator=_at_least_one, help="how many of the newest to keep; null for all")
+    keep_last: int | None = option(default=3, at_least=1, help="how many of the newest to keep; null for all")
     best: str | None = option(default=None, help="also save and keep the best by this evaluation metric, such as eval/loss")
     best_mode: Literal["min", "max"] = option(default="min", help="whether a smaller or a greater value is better")
     save_at_end: bool = option(default=True, help="save when the run ends, unless it failed or has just been saved")
     asynchronous: bool = option(default=True, help="write in the background, from a copy of the state in host memory")
     on_error: Literal["raise", "warn"] = option(default="raise", help="what a disk that refuses does to the run")
-    retries: int = option(default=3, validator=_not_negative, help="how often to try again after a transient disk error")
+    retries: int = option(default=3, at_least=0, help="how often to try again after a transient disk error")
 
     best_value: float | None = state(default=None)
     best_step: int | None = state(default=None)

@@ -160,8 +160,9 @@ def _options(thing: object) -> Iterator[tuple[str, str, str, str]]:
         return
     for field in attrs.fields(thing):
         if field.init:
-            cells = (field.name, _type(field.type), _default(field.default), field.metadata.get("help", ""))
-            yield tuple(map(clean, cells))  # type: ignore[misc]
+            limits = str(field.metadata.get("limits", ""))
+            said = field.metadata.get("help", "") + (f" ({limits})" if limits else "")
+            yield tuple(map(clean, (field.name, _type(field.type), _default(field.default), said)))  # type: ignore[misc]
 
 
 def _type(annotation: object) -> str:

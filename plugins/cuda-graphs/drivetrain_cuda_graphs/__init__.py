@@ -22,11 +22,6 @@ _MOST_FORMS = 1000  # that are counted: batches of ever new shapes are not to fi
 _WITHIN = ("on_batch", "on_forward", "on_loss", "on_backward")
 
 
-def _at_least_one(instance: Any, attribute: Any, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
-
-
 @component
 class CudaGraphs(Callback):
     """Record the kernels of forward and backward once, and launch them together from then on.
@@ -47,10 +42,8 @@ class CudaGraphs(Callback):
 
     changes_training: ClassVar[bool] = False
 
-    warmup: int = option(default=3, validator=_at_least_one, help="ordinary steps of a shape before it is recorded")
-    most: int = option(
-        default=4, validator=_at_least_one, help="how many shapes of batches are recorded; each holds memory of its own"
-    )
+    warmup: int = option(default=3, at_least=1, help="ordinary steps of a shape before it is recorded")
+    most: int = option(default=4, at_least=1, help="how many shapes of batches are recorded; each holds memory of its own")
 
     _recorder: Recorder | None = attrs.field(default=None, init=False, repr=False)  # None: all steps are ordinary ones
     _steps: dict[Any, int] = attrs.field(factory=dict, init=False, repr=False)  # so far, of each form of window

@@ -33,16 +33,16 @@ class Ddp(Component):
 
     kind: ClassVar[str] = "strategy"
 
-    bucket_mb: float = option(default=25.0, help="gradients are reduced in buckets of this size, in MiB")
+    bucket_mb: float = option(default=25.0, above=0, help="gradients are reduced in buckets of this size, in MiB")
     find_unused_parameters: bool = option(default=False, help="some steps leave parameters out of the loss")
     static_graph: bool = option(default=False, help="promise that every step uses the same parameters in the same way")
     compress: Literal["bf16", "fp16", "powersgd"] | None = option(
         default=None, help="reduce gradients in half precision, or as products of thin matrices (powersgd); both round"
     )
-    powersgd_rank: int = option(default=2, help="columns of those matrices: more cost more and lose less")
-    powersgd_after: int = option(default=1000, help="steps of each sitting that are reduced whole before; at least 2")
-    timeout: float = option(default=600.0, help="seconds after which a collective that a process does not join fails")
-    setup_timeout: float = option(default=900.0, help="the same for meeting and until the end of the first step")
+    powersgd_rank: int = option(default=2, at_least=1, help="columns of those matrices: more cost more and lose less")
+    powersgd_after: int = option(default=1000, at_least=2, help="steps of each sitting that are reduced whole before")
+    timeout: float = option(default=600.0, above=0, help="seconds after which a collective that a process does not join fails")
+    setup_timeout: float = option(default=900.0, above=0, help="the same for meeting and until the end of the first step")
 
     def make_strategy(self, ctx: CallbackContext) -> Strategy:
         """A strategy over the processes that the launcher started.

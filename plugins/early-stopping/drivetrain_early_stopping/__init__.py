@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 __all__ = ["EarlyStoppingCallback"]
-
-
-def _at_least(minimum: float) -> Any:
-    def check(instance: Any, attribute: Any, value: float) -> None:
-        if not value >= minimum:
-            raise ValueError(f"must be at least {minimum}, got {value}")
-
-    return check
 
 
 @component
@@ -38,8 +30,8 @@ class EarlyStoppingCallback(Callback):
 
     monitor: str = option(default="eval/loss", help="the metric to watch: eval/NAME, or one of the log such as train/loss")
     mode: Literal["min", "max"] = option(default="min", help="whether smaller or greater is better")
-    patience: int = option(default=3, validator=_at_least(1), help="evaluations in a row without improvement that end the run")
-    min_delta: float = option(default=0.0, validator=_at_least(0), help="smallest change that counts as an improvement")
+    patience: int = option(default=3, at_least=1, help="evaluations in a row without improvement that end the run")
+    min_delta: float = option(default=0.0, at_least=0, help="smallest change that counts as an improvement")
     baseline: float | None = option(default=None, help="a value that must be beaten first; none by default")
 
     best: float | None = state(default=None)

@@ -20,16 +20,6 @@ __all__ = ["EmaCallback"]
 _PLAIN_SGD: dict[str, Any] = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False, "is_first_step": False}
 
 
-def _decay(instance: Any, attribute: Any, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"must be at least 0 and below 1, got {value}")
-
-
-def _at_least_one(instance: Any, attribute: Any, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
-
-
 @component
 class EmaCallback(Callback):
     """Keep an exponential moving average of the weights: average ← d·average + (1−d)·weights, after every optimizer update.
@@ -47,9 +37,9 @@ class EmaCallback(Callback):
 
     without_gradients: ClassVar[bool] = True
 
-    decay: float = option(default=0.999, validator=_decay, help="d, the share of the old average that an update keeps")
+    decay: float = option(default=0.999, at_least=0, below=1, help="d, the share of the old average that an update keeps")
     warmup: bool = option(default=True, help="begin with a smaller decay")
-    update_every: int = option(default=1, validator=_at_least_one, help="steps from one update of the average to the next")
+    update_every: int = option(default=1, at_least=1, help="steps from one update of the average to the next")
     dtype: Literal["fp32", "own"] = option(
         default="fp32", help="fp32 widens averages of narrower weights, in which small changes would be lost; own does not"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 _said = logging.getLogger("drivetrain.finders")
-
-
-def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
 
 
 @component
@@ -35,14 +30,10 @@ class BatchSizeFinderCallback(Callback):
     process of the same kind of device, and configure it.
     """
 
-    largest: int | None = option(default=None, validator=_at_least_one, help="no size above this is tried")
-    headroom: float = option(default=0.1, help="part of a GPU's memory to be left free")
+    largest: int | None = option(default=None, at_least=1, help="no size above this is tried")
+    headroom: float = option(default=0.1, at_least=0, below=1, help="part of a GPU's memory to be left free")
 
     found: int | None = state(default=None)  # samples in a microbatch
-
-    def __attrs_post_init__(self) -> None:
-        if not 0 <= self.headroom < 1:
-            raise ConfigError([Problem("batch_size_finder.headroom", f"must be at least 0 and below 1, got {self.headroom}")])
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:

@@ -17,16 +17,6 @@ if TYPE_CHECKING:
 _said = logging.getLogger("drivetrain.finders")
 
 
-def _positive(instance: Any, attribute: Any, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"must be more than 0, got {value}")
-
-
-def _at_least_ten(instance: Any, attribute: Any, value: int) -> None:
-    if value < 10:
-        raise ValueError(f"must be at least 10, got {value}")
-
-
 @component
 class LrFinderCallback(Callback):
     """Before a new run begins, train some steps with a learning rate that grows exponentially from `lowest` to `highest`, and take it
@@ -38,12 +28,10 @@ class LrFinderCallback(Callback):
     run that goes on from a checkpoint is left alone, and needs the rate in its configuration.
     """
 
-    lowest: float = option(default=1e-7, validator=_positive, help="the rate of the first step")
-    highest: float = option(default=1.0, validator=_positive, help="the rate of the last step")
-    steps: int = option(default=100, validator=_at_least_ten, help="how many steps")
-    diverged: float = option(
-        default=4.0, validator=_positive, help="end when the smoothed loss is above this many times its best"
-    )
+    lowest: float = option(default=1e-7, above=0, help="the rate of the first step")
+    highest: float = option(default=1.0, above=0, help="the rate of the last step")
+    steps: int = option(default=100, at_least=10, help="how many steps")
+    diverged: float = option(default=4.0, above=0, help="end when the smoothed loss is above this many times its best")
     apply: bool = option(default=False, help="train with what was found")
 
     def __attrs_post_init__(self) -> None:

@@ -21,16 +21,6 @@ _said = logging.getLogger("drivetrain.finders")
 _WARM, _TIMED = 2, 8  # steps, and as many more as the workers have fetched ahead
 
 
-def _not_negative(instance: object, attribute: object, value: int | None) -> None:
-    if value is not None and value < 0:
-        raise ValueError(f"must be at least 0, got {value}")
-
-
-def _gain(instance: object, attribute: object, value: float) -> None:
-    if not 0 < value < 1:
-        raise ValueError(f"must be above 0 and below 1, got {value}")
-
-
 @component
 class WorkersFinderCallback(Callback):
     """Whenever a run begins or goes on, find how many data workers it takes until steps no longer wait for data.
@@ -41,10 +31,8 @@ class WorkersFinderCallback(Callback):
     their times decides, the same for all. Ready batches and streams are left as they are.
     """
 
-    most: int | None = option(
-        default=None, validator=_not_negative, help="no more than this; null for this process's share of the cores"
-    )
-    gain: float = option(default=0.05, validator=_gain, help="the part of a step's time that twice the workers must save")
+    most: int | None = option(default=None, at_least=0, help="no more than this; null for this process's share of the cores")
+    gain: float = option(default=0.05, above=0, below=1, help="the part of a step's time that twice the workers must save")
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:

@@ -30,12 +30,13 @@ class Fsdp(Component):
 
     shards: int | None = option(
         default=None,
+        at_least=1,
         help="divide among groups of this many processes and replicate over the groups (HSDP); by default among all",
     )
     tensor_parallel: TensorParallel | None = option(
         default=None, help="a table {size, plan}: divide the matrices of each block among `size` neighbouring processes as well"
     )
-    min_block_parameters: int = option(default=0, help="leave smaller blocks to the one around them")
+    min_block_parameters: int = option(default=0, at_least=0, help="leave smaller blocks to the one around them")
     reshard_after_forward: bool = option(
         default=True, help="free gathered parameters after forward; false trades memory for speed"
     )
@@ -43,8 +44,8 @@ class Fsdp(Component):
         default=False, help="build the configuration's model without memory and fill it block by block, with the same weights"
     )
     cpu_offload: bool = option(default=False, help="keep parameters, gradients and optimizer state in host memory")
-    timeout: float = option(default=600.0, help="seconds after which a collective that a process does not join fails")
-    setup_timeout: float = option(default=900.0, help="the same for meeting and until the end of the first step")
+    timeout: float = option(default=600.0, above=0, help="seconds after which a collective that a process does not join fails")
+    setup_timeout: float = option(default=900.0, above=0, help="the same for meeting and until the end of the first step")
 
     def make_strategy(self, ctx: CallbackContext) -> Strategy:
         """A strategy over the processes that the launcher started."""

@@ -30,7 +30,9 @@ class GcCallback(Callback):
     When the last run of the process that asked for this ends, the collector is as it was and free memory is returned.
     """
 
-    full_every: int = option(default=20, help="each so many collections look at old objects too, not just at new ones")
+    full_every: int = option(
+        default=20, at_least=1, help="each so many collections look at old objects too, not just at new ones"
+    )
     keep_memory: bool = option(default=True, help="on a CPU, keep what a step frees for the next one, in huge pages")
 
     def __attrs_post_init__(self) -> None:

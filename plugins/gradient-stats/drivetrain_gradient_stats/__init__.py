@@ -18,11 +18,6 @@ __all__ = ["GradientStatsCallback"]
 _NEVER = float("inf")
 
 
-def _at_least_one(instance: Any, attribute: Any, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"must be at least 1, got {value}")
-
-
 @component
 class GradientStatsCallback(Callback):
     """Add to the log, for each layer (the module that holds the parameters, such as `blocks.0.attention`):
@@ -39,7 +34,7 @@ class GradientStatsCallback(Callback):
 
     steps: int | None = option(
         default=None,
-        validator=_at_least_one,
+        at_least=1,
         help="steps from one to the next; by default log_interval, or 100 if that is no number of steps",
     )
     histograms: bool = option(default=False, help="hand the distributions of gradients to the trackers as well")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drivetrain import CallbackContext, ConfigError, ForeachOptimizer, OptimizerComponent, Problem, component, option
+from drivetrain import CallbackContext, ForeachOptimizer, OptimizerComponent, component, option
 
 __all__ = ["Lion", "LionComponent"]
 
@@ -41,18 +41,6 @@ class Lion(ForeachOptimizer):
         torch._foreach_add_(params, updates, alpha=-group["lr"])
 
 
-def _number(default: Any, help: str, *, below: float = float("inf")) -> Any:
-    """An option that is a number, or several, from 0 up to and without `below`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (int, float)) and not 0 <= item < below:  # what is no number is reported by its type
-                limit = "" if below == float("inf") else f" and below {below:g}"
-                raise ConfigError([Problem(field.name, f"must be at least 0{limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
-
-
 @component
 class LionComponent(OptimizerComponent):
     """Lion (Chen et al. 2023, arXiv:2302.06675, algorithm 2): θ ← θ(1 − ηλ) − η·sign(β1·m + (1−β1)g), then m ← β2·m + (1−β2)g.
@@ -61,10 +49,13 @@ class LionComponent(OptimizerComponent):
     as much larger, and large batches. The state is m alone, half of Adam's.
     """
 
-    lr: float = _number(1e-4, "peak learning rate; the schedule multiplies it")
-    weight_decay: float = _number(0.1, "decay of the weights it applies to, see `decay`")
-    betas: tuple[float, float] = _number(
-        (0.9, 0.99), "averaging factors of the update and of the state; (0.95, 0.98) is steadier", below=1.0
+    lr: float = option(default=1e-4, at_least=0, help="peak learning rate; the schedule multiplies it")
+    weight_decay: float = option(default=0.1, at_least=0, help="decay of the weights it applies to, see `decay`")
+    betas: tuple[float, float] = option(
+        default=(0.9, 0.99),
+        at_least=0,
+        below=1,
+        help="averaging factors of the update and of the state; (0.95, 0.98) is steadier",
     )
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:

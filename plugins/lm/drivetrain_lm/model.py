@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from drivetrain import Component, ConfigError, Loss, ModelError, Problem, component, option
 from drivetrain_lm.loss import IGNORED, linear_cross_entropy
-from drivetrain_lm.options import between
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -228,12 +227,12 @@ class GPTComponent(Component):
 
     kind: ClassVar[str] = "model"
 
-    layers: int = option(default=4, validator=between(1), help="number of blocks")
-    heads: int = option(default=4, validator=between(1), help="attention heads in each block")
-    width: int = option(default=128, validator=between(2), help="size of the residual stream")
-    context: int = option(default=128, validator=between(1), help="longest sequence, in tokens")
-    vocab_size: int = option(default=BYTES, validator=between(2), help="number of tokens; 256 for bytes")
-    dropout: float = option(default=0.0, validator=between(0, 1), help="probability of dropping in training")
+    layers: int = option(default=4, at_least=1, help="number of blocks")
+    heads: int = option(default=4, at_least=1, help="attention heads in each block")
+    width: int = option(default=128, at_least=2, help="size of the residual stream")
+    context: int = option(default=128, at_least=1, help="longest sequence, in tokens")
+    vocab_size: int = option(default=BYTES, at_least=2, help="number of tokens; 256 for bytes")
+    dropout: float = option(default=0.0, at_least=0, below=1, help="probability of dropping in training")
     tied: bool = option(default=False, help="share one matrix between the embedding and the output")
     loss_in_parts: bool | None = option(
         default=None, help="compute the loss some rows at a time; by default where that saves memory (large vocabularies)"

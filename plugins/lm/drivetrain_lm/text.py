@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from drivetrain import Component, ConfigError, Problem, component, option
-from drivetrain_lm.options import between
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -87,9 +86,9 @@ class TextComponent(Component):
 
     path: str = option(default=STDLIB, help="a file, a folder, a glob such as 'books/**/*.txt', or stdlib")
     pattern: str = option(default="*.txt", help="which files of a folder, at any depth (stdlib: always *.py)")
-    context: int = option(default=128, validator=between(1), help="bytes in a window; at most the model's context")
-    held_out: float = option(default=0.05, validator=between(0, 1), help="share of the files kept for evaluation; 0 for none")
-    max_bytes: int | None = option(default=None, validator=between(1), help="read at most this much of each part; null for all")
+    context: int = option(default=128, at_least=1, help="bytes in a window; at most the model's context")
+    held_out: float = option(default=0.05, at_least=0, below=1, help="share of the files kept for evaluation; 0 for none")
+    max_bytes: int | None = option(default=None, at_least=1, help="read at most this much of each part; null for all")
 
     def make_dataset(self, ctx: CallbackContext) -> TextDataset:
         """The part to train on."""

@@ -35,13 +35,13 @@ class Mpi(Component):
 
     kind: ClassVar[str] = "strategy"
 
-    bucket_mb: float = option(default=25.0, help="gradients are reduced in buckets of this size, in MiB")
+    bucket_mb: float = option(default=25.0, above=0, help="gradients are reduced in buckets of this size, in MiB")
     cuda_aware: bool | None = option(
         default=None,
         help="hand GPU memory to MPI, which must have been built for it; by default what the library says of itself",
     )
-    timeout: float = option(default=600.0, help="seconds of waiting for the others after which a process ends all")
-    setup_timeout: float = option(default=900.0, help="the same until the end of the first step")
+    timeout: float = option(default=600.0, above=0, help="seconds of waiting for the others after which a process ends all")
+    setup_timeout: float = option(default=900.0, above=0, help="the same until the end of the first step")
 
     def make_strategy(self, ctx: CallbackContext) -> Strategy:
         """A strategy over the processes of MPI_COMM_WORLD."""

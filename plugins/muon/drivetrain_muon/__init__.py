@@ -19,18 +19,6 @@ __all__ = ["Muon", "MuonComponent", "head_weight", "orthogonalize"]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def _number(default: Any, help: str, *, least: float = 0, below: float = float("inf")) -> Any:
-    """An option that is a number, or several, from `least` up to and without `below`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (int, float)) and not least <= item < below:  # what is no number is reported by its type
-                limit = "" if below == float("inf") else f" and below {below:g}"
-                raise ConfigError([Problem(field.name, f"must be at least {least:g}{limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
-
-
 @component
 class MuonComponent(OptimizerComponent):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the hidden matrices, AdamW for the rest, in one optimizer.
@@ -44,20 +32,20 @@ class MuonComponent(OptimizerComponent):
     without groups, as matrices of [outputs, inputs × positions]; say it yourself with `adamw`.
     """
 
-    lr: float = _number(1e-3, "peak learning rate; the schedule multiplies it")
-    weight_decay: float = _number(0.1, "decay of the weights it applies to, see `decay`")
-    momentum: float = _number(0.95, "averaging factor of the matrices' gradients", below=1.0)
+    lr: float = option(default=1e-3, at_least=0, help="peak learning rate; the schedule multiplies it")
+    weight_decay: float = option(default=0.1, at_least=0, help="decay of the weights it applies to, see `decay`")
+    momentum: float = option(default=0.95, at_least=0, below=1, help="averaging factor of the matrices' gradients")
     coefficients: Literal["polar_express", "newton_schulz"] = option(
         default="polar_express", help="polynomials of the orthogonalization"
     )
-    ns_steps: int = _number(5, "how many of them", least=1)
+    ns_steps: int = option(default=5, at_least=1, help="how many of them")
     adjust_lr: Literal["match_rms_adamw", "original"] = option(
         default="match_rms_adamw", help="how a matrix' shape scales its learning rate"
     )
     normuon: bool = option(
         default=False, help="even out the rows' sizes by a running mean of their squares (Li et al. 2025, arXiv:2510.05491)"
     )
-    normuon_beta: float = _number(0.95, "averaging factor of those squares", below=1.0)
+    normuon_beta: float = option(default=0.95, at_least=0, below=1, help="averaging factor of those squares")
     cautious: bool = option(
         default=False,
         help="decay only those weights of the matrices that the update moves towards zero (Chen et al. 2025, arXiv:2510.12402)",
@@ -65,9 +53,11 @@ class MuonComponent(OptimizerComponent):
     adamw: list[str] | None = option(
         default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the output layer"
     )
-    adamw_lr: float | None = _number(None, "peak learning rate of the AdamW part; default: lr")
-    betas: tuple[float, float] = _number((0.9, 0.95), "AdamW's averaging factors of gradient and squared gradient", below=1.0)
-    eps: float = _number(1e-8, "added to AdamW's denominator")
+    adamw_lr: float | None = option(default=None, at_least=0, help="peak learning rate of the AdamW part; default: lr")
+    betas: tuple[float, float] = option(
+        default=(0.9, 0.95), at_least=0, below=1, help="AdamW's averaging factors of gradient and squared gradient"
+    )
+    eps: float = option(default=1e-8, at_least=0, help="added to AdamW's denominator")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`Muon` over the parameters of `ctx.model`.

@@ -9,7 +9,7 @@ import torch
 
 from drivetrain import CallbackContext, ConfigError, Problem, component, option
 from drivetrain_optimizers import direct
-from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, FusibleOptimizer, TorchOptimizer, betas, number
+from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, FusibleOptimizer, TorchOptimizer, betas
 from drivetrain_optimizers.joined import Joined
 from drivetrain_optimizers.lamb import Lamb, LambOptimizer
 from drivetrain_optimizers.muon import MuonAdamW, MuonTorch
@@ -44,10 +44,10 @@ class AdamW(FusibleOptimizer):
     m ← β1·m + (1−β1)g, v ← β2·v + (1−β2)g², θ ← θ(1 − ηλ) − η·m̂/(√v̂ + ε), with m̂ = m/(1−β1ᵗ) and v̂ = v/(1−β2ᵗ).
     """
 
-    lr: float = number(1e-3, LR_HELP)
-    weight_decay: float = number(0.01, DECAY_HELP)
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
+    weight_decay: float = option(default=0.01, at_least=0, help=DECAY_HELP)
     betas: tuple[float, float] = betas(0.9, 0.999)
-    eps: float = number(1e-8, EPS_HELP)
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
     amsgrad: bool = option(default=False, help="divide by the largest v̂ so far (Reddi et al. 2018)")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
@@ -59,9 +59,9 @@ class AdamW(FusibleOptimizer):
 class Adam(FusibleOptimizer):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980, algorithm 1). Weight decay is added to the gradient (L2), unlike in `adamw`."""
 
-    lr: float = number(1e-3, LR_HELP)
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
     betas: tuple[float, float] = betas(0.9, 0.999)
-    eps: float = number(1e-8, EPS_HELP)
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
     amsgrad: bool = option(default=False, help="divide by the largest v̂ so far (Reddi et al. 2018)")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
@@ -77,9 +77,9 @@ class SGD(FusibleOptimizer):
     `momentum`, τ `dampening`; b is g + λθ in the first step. With `nesterov`, θ ← θ − η(g + λθ + μb).
     """
 
-    lr: float = number(1e-2, LR_HELP)
-    momentum: float = number(0.0, "factor of the earlier updates", below=1.0)
-    dampening: float = number(0.0, "how much of the gradient is held back from the momentum")
+    lr: float = option(default=1e-2, at_least=0, help=LR_HELP)
+    momentum: float = option(default=0.0, at_least=0, below=1, help="factor of the earlier updates")
+    dampening: float = option(default=0.0, at_least=0, help="how much of the gradient is held back from the momentum")
     nesterov: bool = option(default=False, help="look ahead along the momentum; needs momentum and no dampening")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
@@ -96,11 +96,13 @@ class Adafactor(TorchOptimizer):
     1 − t^`beta2_decay`. No momentum. The paper adds its ε1 (1e-30) to g² instead; torch has a lower limit, of another size.
     """
 
-    lr: float = number(1e-2, "upper bound of the relative step size ρ; the schedule multiplies it")
-    beta2_decay: float = option(default=-0.8, help="exponent of the second moments' averaging factor, not above 0")
-    clip: float = option(default=1.0, help="largest root mean square of an update (d in the paper), at least 1")
-    eps1: float | None = option(default=None, help="the least √V; default: the precision of the parameters' type (1.2e-7)")
-    eps2: float = number(1e-3, "smallest parameter scale")
+    lr: float = option(default=1e-2, at_least=0, help="upper bound of the relative step size ρ; the schedule multiplies it")
+    beta2_decay: float = option(default=-0.8, at_most=0, help="exponent of the second moments' averaging factor")
+    clip: float = option(default=1.0, at_least=1, help="largest root mean square of an update (d in the paper)")
+    eps1: float | None = option(
+        default=None, at_least=0, help="the least √V; default: the precision of the parameters' type (1.2e-7)"
+    )
+    eps2: float = option(default=1e-3, at_least=0, help="smallest parameter scale")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.Adafactor` over the parameters of `ctx.model`.
@@ -122,10 +124,10 @@ class Adagrad(FusibleOptimizer):
     gradients, if nothing decays.
     """
 
-    lr: float = number(1e-2, LR_HELP)
-    lr_decay: float = number(0.0, "how fast the rate falls, besides the schedule")
-    initial_accumulator: float = number(0.0, "what v starts from")
-    eps: float = number(1e-10, EPS_HELP)
+    lr: float = option(default=1e-2, at_least=0, help=LR_HELP)
+    lr_decay: float = option(default=0.0, at_least=0, help="how fast the rate falls, besides the schedule")
+    initial_accumulator: float = option(default=0.0, at_least=0, help="what v starts from")
+    eps: float = option(default=1e-10, at_least=0, help=EPS_HELP)
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`torch.optim.Adagrad` over the parameters of `ctx.model`."""
@@ -141,10 +143,10 @@ class RMSprop(TorchOptimizer):
     (arXiv:1308.0850), equations 38 to 41.
     """
 
-    lr: float = number(1e-2, LR_HELP)
-    alpha: float = number(0.99, "averaging factor of the squared gradient", below=1.0)
-    eps: float = number(1e-8, EPS_HELP)
-    momentum: float = number(0.0, "factor of the earlier updates", below=1.0)
+    lr: float = option(default=1e-2, at_least=0, help=LR_HELP)
+    alpha: float = option(default=0.99, at_least=0, below=1, help="averaging factor of the squared gradient")
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
+    momentum: float = option(default=0.0, at_least=0, below=1, help="factor of the earlier updates")
     centered: bool = option(default=False, help="subtract the squared mean gradient from v")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
@@ -162,10 +164,10 @@ class NAdam(TorchOptimizer):
     step's μ, the products run up to it. ψ is `momentum_decay`.
     """
 
-    lr: float = number(2e-3, LR_HELP)
+    lr: float = option(default=2e-3, at_least=0, help=LR_HELP)
     betas: tuple[float, float] = betas(0.9, 0.999)
-    eps: float = number(1e-8, EPS_HELP)
-    momentum_decay: float = number(4e-3, "how fast the momentum warms up")
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
+    momentum_decay: float = option(default=4e-3, at_least=0, help="how fast the momentum warms up")
     decoupled_weight_decay: bool = option(
         default=False, help="decay the weights as AdamW does, instead of adding to the gradient"
     )
@@ -185,9 +187,9 @@ class RAdam(TorchOptimizer):
     With ρ∞ = 2/(1−β2) − 1 and ρ = ρ∞ − 2tβ2ᵗ/(1−β2ᵗ), r = √((ρ−4)(ρ−2)ρ∞ / ((ρ∞−4)(ρ∞−2)ρ)) once ρ > 5, and θ ← θ − ηm̂ before.
     """
 
-    lr: float = number(1e-3, LR_HELP)
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
     betas: tuple[float, float] = betas(0.9, 0.999)
-    eps: float = number(1e-8, EPS_HELP)
+    eps: float = option(default=1e-8, at_least=0, help=EPS_HELP)
     decoupled_weight_decay: bool = option(
         default=False, help="decay the weights as AdamW does, instead of adding to the gradient"
     )

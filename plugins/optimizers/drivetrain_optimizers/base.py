@@ -13,29 +13,17 @@ LR_HELP = "peak learning rate; the schedule multiplies it"
 DECAY_HELP = "decay of the weights it applies to, see `decay`"
 
 
-def number(default: float, help: str, *, below: float = float("inf")) -> Any:
-    """An option that is a number from 0 up to, and without, `below`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (int, float)) and not 0 <= item < below:  # what is no number is reported by its type
-                limit = "" if below == float("inf") else f" and below {below:g}"
-                raise ConfigError([Problem(field.name, f"must be at least 0{limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
-
-
 def betas(first: float, second: float) -> Any:
     """The two averaging factors of the Adam family."""
-    return number((first, second), "averaging factors of gradient and squared gradient", below=1.0)  # type: ignore[arg-type]
+    return option(default=(first, second), at_least=0, below=1, help="averaging factors of gradient and squared gradient")
 
 
 @component
 class TorchOptimizer(OptimizerComponent):
     """Base of the optimizers here: one class of `torch.optim` with its arguments."""
 
-    lr: float = number(1e-3, LR_HELP)
-    weight_decay: float = number(0.0, DECAY_HELP)
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
+    weight_decay: float = option(default=0.0, at_least=0, help=DECAY_HELP)
 
     def build(self, cls: type[torch.optim.Optimizer], ctx: CallbackContext, **arguments: Any) -> torch.optim.Optimizer:
         """`cls` over the model's parameter groups.

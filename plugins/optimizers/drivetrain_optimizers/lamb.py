@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drivetrain import CallbackContext, ForeachOptimizer, component, option
-from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas, number
+from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas
 
 
 class LambOptimizer(ForeachOptimizer):
@@ -85,10 +85,10 @@ class Lamb(TorchOptimizer):
     decay unless `adapt` and `decay` say "all". Where ‖θ‖ or ‖u‖ is 0 the ratio is 1.
     """
 
-    lr: float = number(1e-3, LR_HELP)
-    weight_decay: float = number(0.01, DECAY_HELP)
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
+    weight_decay: float = option(default=0.01, at_least=0, help=DECAY_HELP)
     betas: tuple[float, float] = betas(0.9, 0.999)
-    eps: float = number(1e-6, "added to the denominator")
+    eps: float = option(default=1e-6, at_least=0, help="added to the denominator")
     adapt: Literal["matrices", "all"] = option(
         default="matrices", help="whose step is in proportion to its size: tensors of two or more dimensions, or everything"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from drivetrain import CallbackContext, ConfigError, PluginError, Problem, component, option
-from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas, number, why_not_fused
+from drivetrain_optimizers.base import DECAY_HELP, LR_HELP, TorchOptimizer, betas, why_not_fused
 from drivetrain_optimizers.joined import Joined
 
 
@@ -41,19 +41,19 @@ class MuonTorch(TorchOptimizer):
     sharding: for large or sharded models take `muon` (pip install drivetrain-muon).
     """
 
-    lr: float = number(1e-3, LR_HELP)
-    weight_decay: float = number(0.1, DECAY_HELP)
-    momentum: float = number(0.95, "averaging factor of Muon's gradients", below=1.0)
-    ns_steps: int = number(5, "Newton-Schulz steps")
+    lr: float = option(default=1e-3, at_least=0, help=LR_HELP)
+    weight_decay: float = option(default=0.1, at_least=0, help=DECAY_HELP)
+    momentum: float = option(default=0.95, at_least=0, below=1, help="averaging factor of Muon's gradients")
+    ns_steps: int = option(default=5, at_least=0, help="Newton-Schulz steps")
     adjust_lr: Literal["match_rms_adamw", "original"] = option(
         default="match_rms_adamw", help="how a matrix' shape scales Muon's learning rate"
     )
     adamw: list[str] | None = option(
         default=None, help="name patterns of the matrices left to AdamW; default: embeddings and the output layer"
     )
-    adamw_lr: float | None = number(None, "peak learning rate of the AdamW part; default: lr")  # type: ignore[arg-type]
+    adamw_lr: float | None = option(default=None, at_least=0, help="peak learning rate of the AdamW part; default: lr")
     betas: tuple[float, float] = betas(0.9, 0.95)
-    eps: float = number(1e-8, "added to AdamW's denominator")
+    eps: float = option(default=1e-8, at_least=0, help="added to AdamW's denominator")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """Muon and AdamW over `ctx.model`.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -202,17 +202,6 @@ class Fp64(Component):
         return DoublePrecision()
 
 
-def _above(low: float, below: float = float("inf")) -> Any:
-    """An attrs validator: low < value < below."""
-
-    def check(_: Any, field: Any, value: float) -> None:
-        if isinstance(value, (int, float)) and not low < value < below:  # what is no number is reported by its type
-            limit = "" if below == float("inf") else f" and below {below:g}"
-            raise ConfigError([Problem(field.name, f"must be above {low:g}{limit}, got {value!r}")])
-
-    return check
-
-
 @component
 class Fp16(Component):
     """Autocast to float16 with dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740, section 3.2); for GPUs without bfloat16.
@@ -223,12 +212,10 @@ class Fp16(Component):
 
     kind: ClassVar[str] = "precision"
 
-    init_scale: float = option(default=65536.0, help="loss scale of the first step", validator=_above(0.0))
-    growth_factor: float = option(default=2.0, help="the scale grows by this factor", validator=_above(1.0))
-    backoff_factor: float = option(default=0.5, help="an overflow multiplies the scale by this", validator=_above(0.0, 1.0))
-    growth_interval: int = option(
-        default=2000, help="steps in a row without overflow after which it grows", validator=_above(0)
-    )
+    init_scale: float = option(default=65536.0, help="loss scale of the first step", above=0)
+    growth_factor: float = option(default=2.0, help="the scale grows by this factor", above=1)
+    backoff_factor: float = option(default=0.5, help="an overflow multiplies the scale by this", above=0, below=1)
+    growth_interval: int = option(default=2000, help="steps in a row without overflow after which it grows", at_least=1)
 
     def make_precision(self, ctx: CallbackContext) -> Precision:
         """Autocast to float16 on `ctx.device`.

@@ -22,15 +22,6 @@ _NEVER = float("inf")
 _said = logging.getLogger("drivetrain.profiler")
 
 
-def _at_least(minimum: int) -> Any:
-    def check(instance: Any, attribute: Any, value: Any) -> None:
-        for number in value if isinstance(value, list) else [value]:
-            if number < minimum:
-                raise ValueError(f"must be at least {minimum}, got {number}")
-
-    return check
-
-
 @component
 class ProfilerCallback(Callback):
     """Record chosen steps with torch.profiler, into `profile/` in the run's directory.
@@ -44,9 +35,9 @@ class ProfilerCallback(Callback):
     what is behind it.
     """
 
-    start: list[int] = option(factory=lambda: [10], validator=_at_least(2), help="the first step of each profile")
-    steps: int = option(default=3, validator=_at_least(1), help="how many steps a profile has")
-    top: int = option(default=10, validator=_at_least(0), help="so many operations are printed; 0 for none")
+    start: list[int] = option(factory=lambda: [10], at_least=2, help="the first step of each profile")
+    steps: int = option(default=3, at_least=1, help="how many steps a profile has")
+    top: int = option(default=10, at_least=0, help="so many operations are printed; 0 for none")
     record_shapes: bool = option(default=False, help="tell operations of different shapes apart")
     with_stack: bool = option(default=False, help="record the Python lines that called; slow")
     profile_memory: bool = option(default=False, help="record allocations in the trace")

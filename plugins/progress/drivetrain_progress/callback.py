@@ -19,11 +19,6 @@ if TYPE_CHECKING:
 NEVER = math.inf
 
 
-def _positive(instance: Any, attribute: Any, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"must be more than 0, got {value}")
-
-
 @component
 class ProgressCallback(Callback):
     """Show one bar over the run: position, loss, learning rate, speed, time left; and the results of evaluations above it.
@@ -33,7 +28,7 @@ class ProgressCallback(Callback):
     clock and, a few times a second, draws. The time left is by the mean pace of this sitting, evaluation included, the first step not.
     """
 
-    seconds: float = option(default=10.0, validator=_positive, help="least time between two lines where there is no terminal")
+    seconds: float = option(default=10.0, above=0, help="least time between two lines where there is no terminal")
 
     _view: Any = attrs.field(default=None, init=False, repr=False)  # None: nothing is shown (another rank, a broken stream)
     _due: float = attrs.field(default=NEVER, init=False, repr=False)  # when on_step_end draws next

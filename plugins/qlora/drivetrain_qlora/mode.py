@@ -9,20 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from drivetrain import Component, ConfigError, ModelError, PluginError, Problem, component, option, state
+from drivetrain import Component, ModelError, PluginError, component, option, state
 from drivetrain_qlora.layers import norms_to_fp32
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
-
-
-def _at_least(low: float, below: float | None = None) -> Any:
-    def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, (int, float)) and not (low <= value and (below is None or value < below)):
-            limit = "" if below is None else f" and less than {below:g}"
-            raise ConfigError([Problem(attribute.name, f"must be at least {low:g}{limit}, got {value}")])
-
-    return check
 
 
 @component
@@ -42,9 +33,9 @@ class QLoRA(Component):
     kind: ClassVar[str] = "mode"
     adapters: ClassVar[bool] = True
 
-    r: int = option(default=16, validator=_at_least(1), help="rank of the adapters")
-    alpha: float = option(default=16.0, validator=_at_least(0), help="their effect is multiplied by alpha / r")
-    dropout: float = option(default=0.05, validator=_at_least(0, 1), help="dropout before the adapters")
+    r: int = option(default=16, at_least=1, help="rank of the adapters")
+    alpha: float = option(default=16.0, at_least=0, help="their effect is multiplied by alpha / r")
+    dropout: float = option(default=0.05, at_least=0, below=1, help="dropout before the adapters")
     target_modules: list[str] | None = option(
         default=None,
         help="names of the layers that get one, such as ['q_proj', 'v_proj']; by default all linear ones but the head",

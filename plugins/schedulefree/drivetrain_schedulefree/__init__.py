@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import attrs
 import torch
 
-from drivetrain import CallbackContext, ConfigError, OptimizerComponent, Problem, component, hook, option
+from drivetrain import CallbackContext, OptimizerComponent, component, hook, option
 from drivetrain_schedulefree.optimizers import ScheduleFree, ScheduleFreeAdamW, ScheduleFreeSGD
 
 __all__ = [
@@ -22,17 +22,9 @@ __all__ = [
 ]
 
 
-def _number(default: Any, help: str, *, above: float = -math.inf, below: float = math.inf) -> Any:
-    """An option that is a number, or several, from 0 on; above `above` and below `below`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for index, item in enumerate(value if isinstance(value, (list, tuple)) else (value,)):
-            low = above if index == 0 else -math.inf  # only the first of two betas has a lower limit
-            if isinstance(item, (int, float)) and not (0 <= item < below and item > low):  # what is no number: by its type
-                limit = ("above 0" if low == 0 else "at least 0") + ("" if below == math.inf else f" and below {below:g}")
-                raise ConfigError([Problem(field.name, f"must be {limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
+def _interpolates(_: Any, __: Any, betas: Any) -> None:
+    if isinstance(betas, (list, tuple)) and betas and betas[0] == 0:
+        raise ValueError(f"the first must be above 0, got {betas[0]!r}")
 
 
 @component
@@ -99,12 +91,16 @@ class ScheduleFreeAdamWComponent(ScheduleFreeComponent):
     where the configuration names no scheduler it gets that. Running statistics of batch norm belong to y.
     """
 
-    lr: float = _number(2.5e-3, "learning rate; the schedule multiplies it")
-    weight_decay: float = _number(0.01, "decay of the weights it applies to, see `decay`")
-    betas: tuple[float, float] = _number(
-        (0.9, 0.999), "interpolation between z and x (0.95 to 0.98 for long runs), averaging of squares", above=0, below=1
+    lr: float = option(default=2.5e-3, at_least=0, help="learning rate; the schedule multiplies it")
+    weight_decay: float = option(default=0.01, at_least=0, help="decay of the weights it applies to, see `decay`")
+    betas: tuple[float, float] = option(
+        default=(0.9, 0.999),
+        at_least=0,
+        below=1,
+        validator=_interpolates,
+        help="interpolation between z and x (0.95 to 0.98 for long runs), averaging of squares",
     )
-    eps: float = _number(1e-8, "added to the denominator")
+    eps: float = option(default=1e-8, at_least=0, help="added to the denominator")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`ScheduleFreeAdamW` over the parameters of `ctx.model`."""
@@ -120,9 +116,9 @@ class ScheduleFreeSGDComponent(ScheduleFreeComponent):
     it gets that.
     """
 
-    lr: float = _number(1.0, "learning rate; the schedule multiplies it")
-    weight_decay: float = _number(0.0, "decay of the weights it applies to, see `decay`")
-    momentum: float = _number(0.9, "interpolation between z and x", above=0, below=1)
+    lr: float = option(default=1.0, at_least=0, help="learning rate; the schedule multiplies it")
+    weight_decay: float = option(default=0.0, at_least=0, help="decay of the weights it applies to, see `decay`")
+    momentum: float = option(default=0.9, above=0, below=1, help="interpolation between z and x")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`ScheduleFreeSGD` over the parameters of `ctx.model`."""

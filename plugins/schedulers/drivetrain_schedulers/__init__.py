@@ -10,7 +10,7 @@ from math import cos, pi, sqrt
 from typing import Literal
 
 from drivetrain import CallbackContext, ConfigError, Duration, Problem, component, option
-from drivetrain_schedulers.base import Schedule, ScheduleComponent, between, length, min_factor
+from drivetrain_schedulers.base import Schedule, ScheduleComponent, length, min_factor
 
 __all__ = [
     "Constant",
@@ -59,7 +59,7 @@ class Cosine(ScheduleComponent):
     With half a cycle: Loshchilov & Hutter 2017, arXiv:1608.03983, equation 5 without restarts (torch: `CosineAnnealingLR`).
     """
 
-    cycles: float = option(default=0.5, help="waves; 0.5 falls once from 1 to r", validator=between(0.0, above=True))
+    cycles: float = option(default=0.5, help="waves; 0.5 falls once from 1 to r", above=0)
     min_factor: float = min_factor()
 
     def make_schedule(self, ctx: CallbackContext) -> Schedule:
@@ -76,7 +76,7 @@ class CosineWithRestarts(ScheduleComponent):
     torch: `CosineAnnealingWarmRestarts` with T_0 = (T − w)/c.
     """
 
-    cycles: int = option(default=1, help="falls from 1 to r, of equal length; 1 has no restart", validator=between(1))
+    cycles: int = option(default=1, help="falls from 1 to r, of equal length; 1 has no restart", at_least=1)
     min_factor: float = min_factor()
 
     def make_schedule(self, ctx: CallbackContext) -> Schedule:
@@ -105,7 +105,7 @@ class Polynomial(ScheduleComponent):
     `get_polynomial_decay_schedule_with_warmup`; torch: `PolynomialLR`.
     """
 
-    power: float = option(default=1.0, help="exponent; above 1 falls fast at first", validator=between(0.0, above=True))
+    power: float = option(default=1.0, help="exponent; above 1 falls fast at first", above=0)
     min_factor: float = min_factor()
 
     def make_schedule(self, ctx: CallbackContext) -> Schedule:
@@ -196,10 +196,8 @@ class OneCycle(ScheduleComponent):
 
     warmup: Duration | float = length(0.3, "length of the rise (torch: pct_start)")
     anneal: Literal["cos", "linear"] = option(default="cos", help="half cosines or straight lines")
-    div_factor: float = option(default=25.0, help="the first factor is 1/div_factor", validator=between(1.0))
-    final_div_factor: float = option(
-        default=1e4, help="the last factor is the first one divided by this", validator=between(1.0)
-    )
+    div_factor: float = option(default=25.0, help="the first factor is 1/div_factor", at_least=1)
+    final_div_factor: float = option(default=1e4, help="the last factor is the first one divided by this", at_least=1)
 
     def make_schedule(self, ctx: CallbackContext) -> Schedule:
         """The factor as a function of the position."""

@@ -12,19 +12,6 @@ Schedule = Callable[[float], float]
 LENGTH = "'100st', '1e6tok', '5%', or a fraction of the run such as 0.05"
 
 
-def between(low: float, high: float = math.inf, *, above: bool = False) -> Any:
-    """An attrs validator: low ≤ value ≤ high, or low < value with `above`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        if not isinstance(value, (int, float)):  # reported by its type
-            return
-        if not low <= value <= high or (above and value == low):
-            limit = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < math.inf else "")
-            raise ConfigError([Problem(field.name, f"must be {limit}, got {value!r}")])
-
-    return check
-
-
 def length(default: float | None, help: str, *, above: bool = False) -> Any:
     """An option that is a length: a duration, or a fraction of the run; more than none with `above`."""
 
@@ -38,7 +25,7 @@ def length(default: float | None, help: str, *, above: bool = False) -> Any:
 
 def min_factor() -> Any:
     """The option that every falling schedule has."""
-    return option(default=0.0, help="where the factor ends, as a fraction of the learning rate", validator=between(0.0, 1.0))
+    return option(default=0.0, help="where the factor ends, as a fraction of the learning rate", at_least=0, at_most=1)
 
 
 @component

@@ -28,28 +28,22 @@ __all__ = [
 ]
 
 
-def _number(default: Any, help: str, *, least: float = 0, below: float = float("inf")) -> Any:
-    """An option that is a number, or several, from `least` up to and without `below`."""
-
-    def check(_: Any, field: Any, value: Any) -> None:
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, (int, float)) and not least <= item < below:  # what is no number is reported by its type
-                limit = "" if below == float("inf") else f" and below {below:g}"
-                raise ConfigError([Problem(field.name, f"must be at least {least:g}{limit}, got {item!r}")])
-
-    return option(default=default, help=help, validator=check)
-
-
 @component
 class SophiaComponent(OptimizerComponent):
     """Base of both: Sophia's step, and when its curvature is renewed. A subclass implements `estimate`."""
 
-    lr: float = _number(6e-4, "peak learning rate; the schedule multiplies it")
-    weight_decay: float = _number(0.1, "decay of the weights it applies to, see `decay`; the paper has 0.2 for GPT-2")
-    betas: tuple[float, float] = _number((0.96, 0.99), "averaging factors of gradient and curvature", below=1.0)
-    gamma: float = _number(0.05, "scale of the curvature: a greater one clips fewer weights; see train/sophia_win_rate")
-    eps: float = _number(1e-12, "the least that the averaged gradient is divided by")
-    update_interval: int = _number(10, "steps from one estimate of the curvature to the next", least=1)
+    lr: float = option(default=6e-4, at_least=0, help="peak learning rate; the schedule multiplies it")
+    weight_decay: float = option(
+        default=0.1, at_least=0, help="decay of the weights it applies to, see `decay`; the paper has 0.2 for GPT-2"
+    )
+    betas: tuple[float, float] = option(
+        default=(0.96, 0.99), at_least=0, below=1, help="averaging factors of gradient and curvature"
+    )
+    gamma: float = option(
+        default=0.05, at_least=0, help="scale of the curvature: a greater one clips fewer weights; see train/sophia_win_rate"
+    )
+    eps: float = option(default=1e-12, at_least=0, help="the least that the averaged gradient is divided by")
+    update_interval: int = option(default=10, at_least=1, help="steps from one estimate of the curvature to the next")
 
     estimated_at: int = state(default=-1)  # the step before which the curvature was last estimated
 
@@ -153,7 +147,9 @@ class SophiaHComponent(SophiaComponent):
     Every process needs the whole weights: one device or ddp, not fsdp.
     """
 
-    gamma: float = _number(0.01, "scale of the curvature: a greater one clips fewer weights; see train/sophia_win_rate")
+    gamma: float = option(
+        default=0.01, at_least=0, help="scale of the curvature: a greater one clips fewer weights; see train/sophia_win_rate"
+    )
     product: Literal["difference", "double_backward"] = option(
         default="difference", help="how the Hessian is multiplied with a vector: difference of gradients, or double_backward"
     )

@@ -44,7 +44,9 @@ class ThroughputCallback(Callback):
     """
 
     flops: bool = option(default=True, help="count the FLOPs of a step, the second one, and report them by second")
-    peak_tflops: float | None = option(default=None, help="of one device, dense, for `speed/mfu`; known for common GPUs")
+    peak_tflops: float | None = option(
+        default=None, above=0, help="of one device, dense, for `speed/mfu`; known for common GPUs"
+    )
 
     _machine: Any = attrs.field(default=None, init=False, repr=False)
     _counter: Any = attrs.field(default=None, init=False, repr=False)

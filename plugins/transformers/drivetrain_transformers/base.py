@@ -14,17 +14,6 @@ if TYPE_CHECKING:
     from drivetrain import CallbackContext
 
 
-def between(low: float, high: float | None = None) -> Any:
-    """An attrs validator: low ≤ value, and value < high if it is given."""
-
-    def check(_instance: Any, attribute: Any, value: Any) -> None:
-        if isinstance(value, (int, float)) and not (low <= value and (high is None or value < high)):
-            limit = "" if high is None else f" and less than {high}"
-            raise ConfigError([Problem(attribute.name, f"must be at least {low}{limit}, got {value}")])
-
-    return check
-
-
 @component
 class TokenData(Component):
     """Base of the data sets: where the records are, which are held out, and how tokens become rows."""
@@ -33,10 +22,10 @@ class TokenData(Component):
     whole_files: ClassVar[bool] = False
 
     path: str = option(help="a file, a folder, a glob such as 'books/**/*.txt', or package:NAME/FILE")
-    context: int = option(default=1024, validator=between(2), help="tokens in a row; at most the model's context")
+    context: int = option(default=1024, at_least=2, help="tokens in a row; at most the model's context")
     packing: bool = option(default=True, help="fill rows with several documents that do not see each other; or pad each one")
     held_out: float = option(
-        default=0.05, validator=between(0, 1), help="share of the records kept for evaluation, by hash; 0 for none"
+        default=0.05, at_least=0, below=1, help="share of the records kept for evaluation, by hash; 0 for none"
     )
     tokenizer: str = option(default="", help="as the model's path; by default the model's own tokenizer")
 

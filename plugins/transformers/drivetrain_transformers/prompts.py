@@ -19,14 +19,6 @@ if TYPE_CHECKING:
 _WIDTH = 80
 
 
-def _at_least(least: float) -> Any:
-    def check(instance: Any, attribute: Any, value: float) -> None:
-        if not value >= least:
-            raise ValueError(f"must be at least {least:g}, got {value}")
-
-    return check
-
-
 def _some(instance: Any, attribute: Any, value: list[str]) -> None:
     if not value or not all(value):
         raise ValueError("must be a list of texts, none of them empty")
@@ -43,11 +35,9 @@ class SamplePromptsCallback(Callback):
 
     prompts: list[str] = option(validator=_some, help="the texts to continue; with chat, what the user says")
     chat: bool = option(default=False, help="write each prompt with the tokenizer's chat template, and let the model answer")
-    length: int = option(default=100, validator=_at_least(1), help="tokens to add at most")
-    temperature: float = option(
-        default=0.7, validator=_at_least(0), help="higher is more varied; 0 takes the likeliest token each time"
-    )
-    seed: int = option(default=0, validator=_at_least(0), help="fixes the samples")
+    length: int = option(default=100, at_least=1, help="tokens to add at most")
+    temperature: float = option(default=0.7, at_least=0, help="higher is more varied; 0 takes the likeliest token each time")
+    seed: int = option(default=0, at_least=0, help="fixes the samples")
     tokenizer: str = option(default="", help="as the model's path; by default the model's own tokenizer")
     every: Duration | None = option(default=None, help="sample during the run as well, such as '500st'")
     at_evaluation: bool = option(default=False, help="sample with each evaluation as well, by the weights that are evaluated")

@@ -30,11 +30,6 @@ __all__ = ["WandbTracker"]
 _said = logging.getLogger("drivetrain.wandb")
 
 
-def _positive(instance: Any, attribute: Any, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"must be more than 0, got {value}")
-
-
 @component
 class WandbTracker(Tracker):
     """Record a run at Weights & Biases: values, configuration, texts, histograms and images.
@@ -54,9 +49,7 @@ class WandbTracker(Tracker):
     tags: list[str] = option(factory=list, help="tags of the run")
     notes: str | None = option(default=None, help="a longer description")
     mode: Literal["online", "offline"] | None = option(default=None, help="by default what WANDB_MODE says, else online")
-    timeout: float = option(
-        default=30.0, validator=_positive, help="seconds to wait for the server at the start and at the end"
-    )
+    timeout: float = option(default=30.0, above=0, help="seconds to wait for the server at the start and at the end")
 
     run_id: str | None = state(default=None)
 

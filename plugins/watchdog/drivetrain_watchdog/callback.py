@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 FOLDER = "hang"
 
 
-def _positive(instance: Any, attribute: Any, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"must be more than 0, got {value}")
-
-
 @component
 class Watchdog(Callback):
     """When a run makes no progress, every process writes its Python stacks, its step and its last collective to RUN_DIR/hang.
@@ -35,7 +30,7 @@ class Watchdog(Callback):
     `after`; a step costs nothing.
     """
 
-    after: float = option(default=120.0, validator=_positive, help="seconds without a step or an evaluated batch")
+    after: float = option(default=120.0, above=0, help="seconds without a step or an evaluated batch")
 
     _evaluated: int = attrs.field(default=0, init=False, repr=False)
     _ended: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)

@@ -220,7 +220,7 @@ class TestComponent:
             ),
             ({"heads": 128}, "model.gpt.heads: 128 heads do not fit"),
             ({"layers": 0}, "model.gpt.layers: must be at least 1, got 0"),
-            ({"dropout": 1.0}, "model.gpt.dropout: must be at least 0 and less than 1, got 1.0"),
+            ({"dropout": 1.0}, "model.gpt.dropout: must be at least 0 and below 1, got 1.0"),
         ],
     )
     def test_wrong_options(self, options: dict[str, Any], said: str) -> None:

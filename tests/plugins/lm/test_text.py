@@ -107,7 +107,7 @@ class TestHeldOut:
         assert (train.text.tolist(), held.text.tolist()) == (list(range(180)), list(range(180, 200)))
 
     def test_every_share_is_checked(self) -> None:
-        with pytest.raises(ConfigError, match=r"data\.text\.held_out: must be at least 0 and less than 1, got 1\.5"):
+        with pytest.raises(ConfigError, match=r"data\.text\.held_out: must be at least 0 and below 1, got 1\.5"):
             TrainingConfig(data={"use": "text", "held_out": 1.5}).components()
 
 

@@ -226,7 +226,7 @@ def test_options_reach_the_optimizer() -> None:
     ("spec", "path", "message"),
     [
         ({"use": "schedulefree_adamw", "lr": -1.0}, ".lr", "must be at least 0, got -1.0"),
-        ({"use": "schedulefree_adamw", "betas": [0.0, 0.9]}, ".betas", "must be above 0 and below 1, got 0.0"),
+        ({"use": "schedulefree_adamw", "betas": [0.0, 0.9]}, ".betas", "the first must be above 0, got 0.0"),
         ({"use": "schedulefree_adamw", "betas": [0.9, 1.0]}, ".betas", "must be at least 0 and below 1, got 1.0"),
         ({"use": "schedulefree_adamw", "warmup": 10}, ".warmup", "unknown key."),
         ({"use": "schedulefree_sgd", "momentum": 0.0}, ".momentum", "must be above 0 and below 1, got 0.0"),

@@ -46,8 +46,8 @@ class Signum(torch.optim.Optimizer):
 class SignumOptimizer(OptimizerComponent):
     """The sign of a momentum (Bernstein et al. 2018, arXiv:1802.04434, algorithm 2)."""
 
-    lr: float = option(default=1e-3, help="how far every weight moves in a step; the schedule multiplies it")
-    momentum: float = option(default=0.9, help="averaging factor β of the gradients")
+    lr: float = option(default=1e-3, at_least=0, help="how far every weight moves in a step; the schedule multiplies it")
+    momentum: float = option(default=0.9, at_least=0, below=1, help="averaging factor β of the gradients")
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         """`Signum` over the parameters of `ctx.model`."""
