@@ -387,6 +387,7 @@ class TestTexts:
                 "torchrun",
                 "mpirun",
                 "cd",
+                "echo",
                 ".",
                 "git",
                 "pytest",
