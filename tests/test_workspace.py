@@ -301,6 +301,18 @@ class TestLayers:
         unused = {name for name in declared - BEHIND[folder] if not any(name in providers.get(top, {top}) for top in used)}
         assert (undeclared, unused) == (set(), set())
 
+    @pytest.mark.parametrize("folder", FOLDERS)
+    def test_tests_import_what_is_installed_beside_their_distribution(self, folder: str) -> None:
+        """`nox -s isolated` has the distribution with its extra `test`, the kit and pytest: what others bring is not there."""
+        extra = project(folder)["project"].get("optional-dependencies", {}).get("test", [])
+        given = closure(frozenset({name_of(folder), *map(normal, extra), "drivetrain-testing", "pytest", "torch", "flit-core"}))
+        ours = {package(other).relative_to(ROOT / other).parts[0]: {name_of(other)} for other in FOLDERS}
+        providers, files = packages_distributions() | ours, list((ROOT / "tests" / folder).rglob("*.py"))
+        own = {"tests", *sys.stdlib_module_names, *(path.stem for path in files)}
+        used = {(name, str(path.relative_to(ROOT))) for path in files for name in imported_at_once(path) if name not in own}
+        missing = sorted((name, where) for name, where in used if not providers.get(name, {name}) & given)
+        assert not missing, "declare it in the extra `test`, import it in the test that needs it, or move that to tests/e2e"
+
     def test_the_reader_of_imports_sees_what_is_hidden(self) -> None:
         """Negative control for the tests above: an import inside a function is found, a guarded one is marked."""
         code = "if TYPE_CHECKING:\n    import a.b\ndef f():\n    from drivetrain_lm import GPT\n"
@@ -312,6 +324,33 @@ class TestLayers:
 def packages_distributions() -> dict[str, set[str]]:
     """The distributions that install each top-level module; reading all their files takes a second."""
     return {top: {normal(dist) for dist in dists} for top, dists in metadata.packages_distributions().items()}
+
+
+@cache
+def closure(names: frozenset[str]) -> set[str]:
+    """Distributions and all that they need without extras."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        if (name := waiting.pop()) not in found:
+            found.add(name)
+            lines = (metadata.requires(name) or []) if is_distribution(name) else []
+            waiting += [normal(line) for line in lines if "extra ==" not in line]
+    return found
+
+
+def is_distribution(name: str) -> bool:
+    try:
+        return bool(metadata.distribution(name))
+    except metadata.PackageNotFoundError:  # of another platform, or of nvidia's with a CPU build
+        return False
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """The top-level modules that importing a file imports, but for those that it asks for in a try."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    plain = {alias.name.partition(".")[0] for node in body if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {(node.module or "").partition(".")[0] for node in body if isinstance(node, ast.ImportFrom)}
 
 
 def core_modules(found: Import) -> list[str]:

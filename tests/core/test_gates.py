@@ -7,7 +7,6 @@ import gc
 import pstats
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -106,28 +105,6 @@ def test_modules_that_importing_adds_to_those_of_torch(code: str, most: int) -> 
     check = f"import sys, torch; before = len(sys.modules); {code}; print(len(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= most
-
-
-AS_IT_COMES = """
-import sys, torch
-from torch.utils.data import TensorDataset
-from drivetrain import Trainer, TrainingConfig
-
-data = TensorDataset(torch.ones(64, 4), torch.ones(64, 1))
-for end in ("20st", "30st"):
-    model = torch.nn.Linear(4, 1)
-    config = TrainingConfig(max_duration=end, eval_interval="10st", output_dir=sys.argv[1], precision="bf16", max_grad_norm=1.0)
-    Trainer(model, config, data, data, loss=torch.nn.MSELoss(), optimizer=OPTIMIZER).train()
-print("torch._dynamo" in sys.modules)
-"""
-
-
-@pytest.mark.parametrize(("optimizer", "imported"), [("None", "False"), ("torch.optim.AdamW(model.parameters())", "True")])
-def test_a_run_as_it_comes_does_not_import_the_compiler(tmp_path: Path, optimizer: str, imported: str) -> None:
-    """Trained, counted, evaluated, saved and gone on with: half a second earlier than with torch's own optimizer, the control."""
-    command = [sys.executable, "-c", AS_IT_COMES.replace("OPTIMIZER", optimizer), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.strip().splitlines()[-1] == imported
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

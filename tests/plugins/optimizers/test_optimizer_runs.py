@@ -160,7 +160,5 @@ def test_choices_say_how_the_optimizer_was_made(optimizer: Any, sparse: bool, wh
     found = {key: (value, reason) for key, value, reason in made.choices()}
     name = optimizer if isinstance(optimizer, str) else optimizer["use"]
     assert found["optimizer"] == (name, why)
-    assert found["scheduler"] == ("cosine", f"goes with {name}")
-    assert found["precision"] == (made.ctx.precision.name, made.ctx.precision.reason)
     assert found["gradient_accumulation_steps"][0] == 3
     assert bool(made.ctx.optimizer.param_groups[0].get("fused")) == why.startswith("fused")
