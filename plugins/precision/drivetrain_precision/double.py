@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from drivetrain import Precision
+from drivetrain import Precision, map_tensors
 
 
 class DoublePrecision(Precision):
@@ -23,16 +22,8 @@ class DoublePrecision(Precision):
 
 
 def _inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    return double(args), double(kwargs)
+    return map_tensors(args, _double), map_tensors(kwargs, _double)
 
 
-def double(value: Any) -> Any:
-    """`value` with every floating-point tensor in it, in lists, tuples and mappings too, in float64."""
-    if isinstance(value, Tensor):
-        return value.to(torch.float64) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {key: double(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [double(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
