@@ -55,7 +55,7 @@ LAYERS = """
     components  devices  formats  calling  distributed
     config  hooks  optim  tracking
     data  fitting  presets  prepare
-    ahead  evaluation  manifest  shrinking
+    ahead  evaluation  given  manifest  shrinking
     loop
     rehearsal
     agreement

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from attrs import frozen
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -26,9 +25,10 @@ from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Split, StreamSource, make_source
 from drivetrain.devices import DeviceManager, divide_cores
 from drivetrain.duration import Duration
-from drivetrain.errors import ConfigError, DataError, DrivetrainError, PluginError, Problem
-from drivetrain.evaluation import Metrics, evaluate
+from drivetrain.errors import ConfigError, DataError, PluginError, Problem
+from drivetrain.evaluation import evaluate
 from drivetrain.fitting import choose_strategy
+from drivetrain.given import Given
 from drivetrain.hooks import Events, RunPluginManager, bind
 from drivetrain.loop import Loop
 from drivetrain.optim import follow_parameters
@@ -40,31 +40,10 @@ from drivetrain.rehearsal import rehearsal
 from drivetrain.strategy import Strategy
 
 
-@frozen
-class Given:
-    """What the caller of `Trainer` handed over; None means: take it from the configuration."""
-
-    model: nn.Module | None
-    config: TrainingConfig
-    train_dataset: Any
-    eval_dataset: Any
-    callbacks: tuple[Any, ...]
-    loss: Any
-    step: Any
-    optimizer: Any
-    scheduler: Any
-    collator: Any
-    metrics: Metrics
-    precision: Precision | None
-    strategy: Strategy | None
-    device: Any
-
-
 class Run:
     """The parts of one run. Making it raises for everything that is wrong with them, before any training."""
 
     def __init__(self, given: Given, ctx: CallbackContext) -> None:
-        _check(given)
         self.given, self.ctx = given, ctx
         ctx.run = self
         ctx.config = self.config = _with_specs(given)
@@ -95,7 +74,7 @@ class Run:
         self.recompilations = Recompilations() if self.config.compile else None
         ctx.optimizer = self._optimizer(before)
         ctx.precision.attach(ctx.optimizer)
-        self.metrics = given.metrics or self.pm.choose("make_metrics", ctx)
+        self.metrics = given.compute_metrics or self.pm.choose("make_metrics", ctx)
         self.call = ModelCall(given.loss or self.pm.choose("make_loss", ctx), given.step)
         self.pm.wrap_listeners(ctx)
         self.events = Events(self.pm)
@@ -218,7 +197,7 @@ class Run:
             loader.shuffle = loader.drop_last = False
         else:
             loader.num_workers = self.num_workers if num_workers is None else num_workers
-        collate = self.given.collator or self.pm.choose("make_collator", self.ctx)
+        collate = self.given.data_collator or self.pm.choose("make_collator", self.ctx)
         try:
             return make_source(
                 data,
@@ -429,33 +408,9 @@ def read(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: host[name] if name in host else float(value) for name, value in values.items()}
 
 
-def _check(given: Given) -> None:
-    """Raise for a part of another type than it must have: it would be left out without a word, or fail far from here."""
-    named, a_name = (str, Mapping, Component), "a plugin's name or a table with its options"
-    function, optimizer = "a function, or None", "a torch optimizer (for a function that makes one, what it makes)"
-    parts: dict[str, tuple[Any, tuple[Any, ...], str]] = {
-        "model": (given.model, (nn.Module,), "an nn.Module; the configuration names one as `model`"),
-        "loss": (given.loss, (Callable,), function),
-        "step": (given.step, (Callable,), function),
-        "optimizer": (given.optimizer, (torch.optim.Optimizer, *named), f"{optimizer}, {a_name}"),
-        "scheduler": (
-            given.scheduler,
-            (LRScheduler, ReduceLROnPlateau, Callable, *named),
-            f"a torch scheduler, a function, {a_name}",
-        ),
-        "data_collator": (given.collator, (Callable, type), "a function, a class that takes the samples, or None"),
-        "compute_metrics": (given.metrics, (Callable, Mapping), "a function, or a mapping of names to metrics"),
-        "precision": (given.precision, (Precision,), "a Precision; a name goes into TrainingConfig(precision=...)"),
-        "strategy": (given.strategy, (Strategy,), "a Strategy; a name goes into TrainingConfig(distributed=...)"),
-    }
-    for name, (part, types, what) in parts.items():
-        if part is not None and (not isinstance(part, types) or (isinstance(part, type) and type not in types)):
-            raise DrivetrainError(f"{name} must be {what}, not {part!r}")
-
-
 def _with_specs(given: Given) -> TrainingConfig:
     """The configuration with the components that were given by name as arguments."""
-    config = copy.copy(given.config)
+    config = copy.copy(given.args)
     for key, value in (("optimizer", given.optimizer), ("scheduler", given.scheduler)):
         if isinstance(value, (str, Mapping, Component)):
             setattr(config, key, value)

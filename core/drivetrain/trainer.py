@@ -22,13 +22,14 @@ from drivetrain.config import TrainingConfig
 from drivetrain.context import CallbackContext
 from drivetrain.errors import ConfigError, DrivetrainError, PluginError, Problem
 from drivetrain.evaluation import Metrics
+from drivetrain.given import Given
 from drivetrain.hooks import Event
 from drivetrain.manifest import Change, compare, describe
 from drivetrain.output import Step, TrainOutput
 from drivetrain.precision import Precision
 from drivetrain.registry import load, naming
 from drivetrain.rng import Turn, in_turns, mix, random_state, seed_all, set_random_state
-from drivetrain.run import Given, Run
+from drivetrain.run import Run
 from drivetrain.strategy import Strategy
 
 _PARTS = ("progress", "model", "optimizer", "precision", "components", "rng", "unlogged", "manifest")
@@ -78,11 +79,22 @@ class Trainer:
         strategy: Strategy | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        config = TrainingConfig() if args is None else args
-        if not isinstance(config, TrainingConfig):
-            raise DrivetrainError(f"args must be a TrainingConfig, not {type(args).__name__}; see load_training_config.")
-        if isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Iterable):
-            raise DrivetrainError(f"callbacks must be a list, with a single one in brackets, not {callbacks!r}")
+        given = Given(
+            model=model,
+            args=TrainingConfig() if args is None else args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+            loss=loss,
+            step=step,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            data_collator=data_collator,
+            compute_metrics=compute_metrics,
+            precision=precision,
+            strategy=strategy,
+            device=device,
+        )
         self._run_dir: Path | None = None
         self._started: float | None = None
         self._rng: Mapping[str, Any] | None = None  # of the end of the last sitting in this process
@@ -92,23 +104,7 @@ class Trainer:
         self.resume_changes: list[Change] = []  # what differs from the run as it was saved, once a state has been restored
         self._interrupt: KeyboardInterrupt | None = None
         self.ctx = CallbackContext(self)
-        given = Given(
-            model=model,
-            config=config,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=tuple(callbacks),
-            loss=loss,
-            step=step,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            collator=data_collator,
-            metrics=compute_metrics,
-            precision=precision,
-            strategy=strategy,
-            device=device,
-        )
-        with _judged(self.ctx), naming(config.plugins):
+        with _judged(self.ctx), naming(given.args.plugins):
             self._run = Run(given, self.ctx)
         self._turn = Turn(self.ctx.device)
 

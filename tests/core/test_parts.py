@@ -37,10 +37,11 @@ def test_unknown_or_missing_devices_name_those_that_exist(name: str) -> None:
     ("part", "given", "remedy"),
     [
         ("model", nn.Linear, "an nn.Module"),
+        ("args", {}, "load_training_config"),
         ("loss", nn.MSELoss, "a function"),
         ("step", "step", "a function"),
         ("optimizer", torch.optim.SGD, "a torch optimizer"),
-        ("optimizer", lambda model: torch.optim.SGD(model.parameters()), "for a function that makes one, what it makes"),
+        ("optimizer", lambda model: torch.optim.SGD(model.parameters()), "of a function, give what it makes"),
         ("scheduler", 0.1, "a torch scheduler, a function"),
         ("data_collator", [torch.stack], "a function"),
         ("compute_metrics", ["accuracy"], "a mapping of names"),
@@ -53,9 +54,10 @@ def test_unknown_or_missing_devices_name_those_that_exist(name: str) -> None:
 def test_a_part_of_another_type_is_refused_by_name(part: str, given: Any, remedy: str) -> None:
     """None of them may be left out without a word, as an optimizer of an unknown kind once was."""
     data = TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
-    parts = {"model": nn.Linear(4, 1), "loss": nn.MSELoss(), part: given}
-    with pytest.raises(DrivetrainError, match=rf"(?s)^{part} must be .*{remedy}.*not "):
-        Trainer(parts.pop("model"), TrainingConfig(standard_callbacks=False), data, **parts)
+    config = TrainingConfig(standard_callbacks=False)
+    parts = {"model": nn.Linear(4, 1), "args": config, "train_dataset": data, "loss": nn.MSELoss(), part: given}
+    with pytest.raises(DrivetrainError, match=rf"(?s)^{part} must be (?=.*not ).*{remedy}"):
+        Trainer(**parts)
 
 
 class Plain(OptimizerComponent):
