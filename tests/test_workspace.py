@@ -55,10 +55,10 @@ LAYERS = """
     components  devices  formats  calling  distributed
     config  hooks  optim  tracking
     data  fitting  presets  prepare
-    ahead  evaluation  given  manifest  shrinking
+    ahead  evaluation  manifest  shrinking
     loop
     rehearsal
-    agreement
+    agreement  given
     run
     trainer
 """
