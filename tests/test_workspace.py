@@ -270,6 +270,13 @@ class TestLayers:
         ]
         assert not wrong, "\n".join(wrong)
 
+    def test_the_cores_readme_leads_through_every_module(self) -> None:
+        rows = (ROOT / "core/README.md").read_text(encoding="utf-8").partition("## Reading it")[2].split("\n| ")[2:]
+        named = [re.findall(r"`(\w+)`", row) for row in rows]
+        assert sorted(name for row in named for name in row) == sorted(LAYERS.split())
+        files = [package("core") / f"{name}.py" for name in named[0]]
+        assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) < 2200, "it says about 2,000 lines"
+
     @pytest.mark.parametrize("folder", [*PLUGINS, *CONTRIB])
     def test_plugins_use_public_names_only(self, folder: str) -> None:
         wrong = []
