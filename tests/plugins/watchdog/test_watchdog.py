@@ -139,7 +139,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_options_are_checked() -> None:
-    with pytest.raises(ConfigError, match="after: must be more than 0"):
+    with pytest.raises(ConfigError, match="after: must be above 0"):
         Watchdog(after=0)
 
 
