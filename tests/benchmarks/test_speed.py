@@ -25,6 +25,19 @@ def test_ratios_are_of_turns_side_by_side(script: Any) -> None:
     assert found["us_per_step"] == 4e6 and found["per_second"] == 2.5
 
 
+def test_an_engine_finds_its_own_distributions_and_what_they_need(script: Any) -> None:
+    """With none named, everything that is installed: the negative control."""
+
+    def found(*names: str) -> list[bool]:
+        command, variables = script("speed/environments").python(names)
+        code = "from importlib.util import find_spec as f; print([f(n) is not None for n in ('torch', 'sympy', 'pytest', 'drivetrain')])"
+        done = subprocess.run([*command, "-c", code], env=variables, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.lower())  # type: ignore[no-any-return]
+
+    assert found("torch") == [True, True, False, False]
+    assert found() == [True] * 4
+
+
 def test_flops_are_counted_as_llm_c_does(script: Any) -> None:
     """GPT-2 124M with 1,024 tokens: 6 N + 12 L d T = 0.86 GFLOP for a token, N without the position table."""
     gpu = script("speed/gpu")
@@ -40,7 +53,7 @@ def test_loops_and_engine_train_alike(tmp_path: Path) -> None:
     names = ["raw, textbook", "drivetrain", "drivetrain, watched"]
     command = [sys.executable, str(SPEED / "engines.py"), "--toy", "--out", str(tmp_path), "--engines", *names]
     subprocess.run(command, check=True, capture_output=True, timeout=600)
-    for part in ("mlp", "gpt", "gpt-defaults"):
+    for part in ("mlp", "gpt", "gpt-bf16", "gpt-defaults"):
         rows = json.loads((tmp_path / f"{part}.json").read_text())["rows"]
         losses = [row["loss"] for row in rows.values()]
         assert max(losses) - min(losses) < 0.2 * max(losses)

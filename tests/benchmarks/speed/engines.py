@@ -4,9 +4,9 @@
 
 Each engine lives in a process of its own, and they take turns in a rotating order, so that whatever else the machine does hits all
 alike: the tiny MLP is trained anew in each turn, the GPT is trained on by a few steps. The ratio of an engine is the median, over turns,
-of its time per step divided by the tuned loop's in the same turn. Three tables: the tiny MLP and the GPT with equal settings, in which
-everybody has fused AdamW, the same schedule, clipping and batches fetched whole; and the GPT as each engine comes, where only the
-hyperparameters are given.
+of its time per step divided by the tuned loop's in the same turn. Four tables: the tiny MLP and the GPT, in fp32 and in bf16, with equal
+settings, in which everybody but the textbook loop has fused AdamW, the same schedule, clipping and batches fetched whole; and the GPT
+as each engine comes, where only the hyperparameters are given.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from environments import python
 from report import environment, markdown, plot, save
 from task import Task
 from worker import ENGINES
 
 HERE = Path(__file__).parent
 BASE = "raw, tuned"
+GPT_ENGINES = [name for name in ENGINES if not name.startswith("drivetrain, ")]
 PARTS: dict[str, tuple[str, Task, Task, list[str]]] = {
     "mlp": (
         "a tiny MLP (32-32-1, batch 32), equal settings, one thread",
@@ -38,13 +40,19 @@ PARTS: dict[str, tuple[str, Task, Task, list[str]]] = {
         "a small GPT (4 layers, width 256, 128 tokens × 8), fp32, equal settings",
         Task(model="gpt", steps=47, warmup=6, turn=4, batch=8),
         Task(model="gpt", steps=9, warmup=2, turn=2, batch=2, width=32, context=32),
-        [name for name in ENGINES if name != "drivetrain, watched"],
+        GPT_ENGINES,
+    ),
+    "gpt-bf16": (
+        "the same GPT in bf16, equal settings",
+        Task(model="gpt", bf16=True, steps=47, warmup=6, turn=4, batch=8),
+        Task(model="gpt", bf16=True, steps=9, warmup=2, turn=2, batch=2, width=32, context=32),
+        GPT_ENGINES,
     ),
     "gpt-defaults": (
         "the same GPT, each engine as it comes",
         Task(model="gpt", best=False, steps=63, warmup=6, turn=4, batch=8),
         Task(model="gpt", best=False, steps=9, warmup=2, turn=2, batch=2, width=32, context=32),
-        [name for name in ENGINES if name != "drivetrain, watched"],
+        GPT_ENGINES,
     ),
 }
 
@@ -52,10 +60,12 @@ PARTS: dict[str, tuple[str, Task, Task, list[str]]] = {
 class Engine:
     """The process of one engine."""
 
-    def __init__(self, name: str, threads: int) -> None:
+    def __init__(self, name: str, threads: int, *more: str) -> None:
         self.name = name
-        given = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(HERE / "worker.py"), name]
+        distributions = ENGINES[name][2]
+        command, variables = python((*distributions, *more) if distributions else ())
+        command += [str(HERE / "worker.py"), name]
+        given = variables | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(command, env=given, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions = self._read()["versions"]
 

@@ -52,7 +52,7 @@ def measure(name: str, task: Task, names: list[str], rounds: int) -> dict[str, A
     versions: dict[str, str] = {}
     for turn in range(rounds):
         for engine in names[turn % len(names) :] + names[: turn % len(names)]:
-            running = Engine(engine, threads=4)
+            running = Engine(engine, 4, *(("bitsandbytes", "peft") if task.qlora else ()))
             versions |= running.versions
             try:
                 found[engine].append(running.train(task))

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from task import Task, Timed, build, data, loader, optimizer, schedule
+from task import Task, Timed, autocast_of, build, data, loader, optimizer, schedule
 from torch import nn
-
-DISTRIBUTIONS = ("torch",)
 
 
 def textbook(task: Task) -> Timed:
@@ -21,7 +19,9 @@ def textbook(task: Task) -> Timed:
     while step < task.steps:
         for x, y in loader(task):
             made.zero_grad()
-            loss(model(x), y).backward()
+            with autocast_of(task):
+                value = loss(model(x), y)
+            value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), task.max_norm)
             made.step()
             rate.step()
@@ -39,7 +39,7 @@ def tuned(task: Task) -> Timed:
     if task.compiled:
         for block in getattr(model, "blocks", [model]):
             block.compile()
-    autocast = torch.autocast(task.device, torch.bfloat16, enabled=task.bf16)
+    autocast = autocast_of(task)
     made = optimizer(model, task)
     group = made.param_groups[0]
     parameters = group["params"]
@@ -49,7 +49,7 @@ def tuned(task: Task) -> Timed:
     step = 0
     while step < task.steps:
         for indices in torch.randperm(len(tensors[0]), generator=generator)[:size].split(task.batch):
-            x, y = (tensor[indices] for tensor in tensors)
+            x, y = (tensor.index_select(0, indices) for tensor in tensors)
             if task.device != "cpu":
                 x, y = (tensor.pin_memory().to(task.device, non_blocking=True) for tensor in (x, y))
             group["lr"] = task.lr * (1 - step / task.steps)

@@ -3,14 +3,13 @@
     python tests/benchmarks/speed/start.py [--rounds 9] [--out FOLDER]
 
 The raw loop builds the same model, data and fused AdamW. Seconds are the process's own, from its first line on; `--help` is timed from
-outside, with the interpreter's start.
+outside, with the interpreter's start. Loop and peers find their own distributions alone installed (`environments.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import shutil
 import statistics
 import subprocess
@@ -19,7 +18,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from environments import python
 from report import environment, save
+from worker import ENGINES
 
 HERE = Path(__file__).parent
 BEGIN = "import time; began = time.perf_counter(); import sys, torch\n"
@@ -38,13 +39,18 @@ CASES: dict[str, str] = {
     "two steps, lightning": f"{ONE_STEP}from with_lightning import train; train(task)",
     "two steps, hf": f"{ONE_STEP}from with_hf import train; train(task)",
 }
+# of the last word of a case; the others find everything
+DISTRIBUTIONS = {"loop": ENGINES["raw, tuned"][2]} | {
+    name: ENGINES[name][2] for name in ("ignite", "accelerate", "lightning", "hf")
+}
 PEERS = {"ignite": "ignite", "accelerate": "accelerate", "lightning": "lightning", "hf": "transformers"}
 
 
-def once(code: str, folder: Path) -> tuple[float, int]:
+def once(name: str, folder: Path) -> tuple[float, int]:
     """Seconds and modules of one process."""
-    command = [sys.executable, "-c", BEGIN + code + END, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command, variables = python(DISTRIBUTIONS.get(name.rpartition(" ")[2], ()))
+    command += ["-c", BEGIN + CASES[name] + END, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
     seconds, modules = done.stdout.strip().rpartition("\n")[2].split()
     return float(seconds), int(modules)
 
@@ -67,8 +73,8 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
     modules: dict[str, int] = {}
     helps = []
     for index in range(rounds + 1):
-        for name, code in cases.items():
-            found, modules[name] = once(code, folder)
+        for name in cases:
+            found, modules[name] = once(name, folder)
             if index:  # the first round writes bytecode and fills the disk's cache
                 seconds[name].append(found)
         helps.append(help_seconds())

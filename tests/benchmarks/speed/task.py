@@ -11,6 +11,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -220,6 +221,11 @@ def build(task: Task) -> tuple[Timed, Any]:
     if task.qlora:
         quantize(model, task.device)
     return model, cross_entropy
+
+
+def autocast_of(task: Task) -> AbstractContextManager[Any]:
+    """For the forward and its loss."""
+    return torch.autocast(task.device, torch.bfloat16) if task.bf16 else nullcontext()
 
 
 @cache

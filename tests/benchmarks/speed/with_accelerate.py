@@ -5,8 +5,6 @@ from __future__ import annotations
 from accelerate import Accelerator
 from task import Task, Timed, build, loader, optimizer, schedule
 
-DISTRIBUTIONS = ("accelerate",)
-
 
 def train(task: Task) -> Timed:
     """The loop is the user's, its parts are Accelerate's."""

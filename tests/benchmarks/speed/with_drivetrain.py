@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from quantized import RANK
-from task import Task, Timed, build, data
+from task import Task, Timed, build, data, optimizer
 
 from drivetrain import Trainer, TrainingConfig
 
-DISTRIBUTIONS = ("drivetrain-core",)
 WATCHED: list[Any] = [  # "progress, logging every 50, checkpoint and early stopping"
     "progress",
     {"use": "logging", "trackers": ["jsonl", "tensorboard"]},
@@ -19,8 +18,12 @@ WATCHED: list[Any] = [  # "progress, logging every 50, checkpoint and early stop
 ]
 
 
-def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
-    """With the best settings of the task and nothing that listens, unless `callbacks` are given; else all defaults."""
+def train(task: Task, callbacks: list[Any] | None = None, torchs: bool = False) -> Timed:
+    """With the best settings of the task and nothing that listens, unless `callbacks` are given; else all defaults.
+
+    Args:
+        torchs: with an AdamW of torch's own, as everybody else has, instead of the engine's.
+    """
     model, loss = build(replace(task, qlora=False))
     common: dict[str, Any] = {
         "seed": task.seed,
@@ -48,8 +51,13 @@ def train(task: Task, callbacks: list[Any] | None = None) -> Timed:
         }
         adamw["decay"] = "all"  # one group of parameters, as everybody else has
     config = TrainingConfig(optimizer=adamw, **common)
-    Trainer(model, config, data(task), loss=loss).train()
+    Trainer(model, config, data(task), loss=loss, optimizer=optimizer(model, task) if torchs else None).train()
     return model
+
+
+def train_with_torchs(task: Task) -> Timed:
+    """What is left of a step is the engine alone."""
+    return train(task, torchs=True)
 
 
 def train_watched(task: Task) -> Timed:

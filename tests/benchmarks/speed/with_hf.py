@@ -9,8 +9,6 @@ from task import Task, Timed, Whole, build, data, optimizer, schedule
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-DISTRIBUTIONS = ("transformers", "accelerate")
-
 
 class Model(nn.Module):
     """The task's model as Trainer wants one: keywords in, a mapping with the loss out."""

@@ -6,10 +6,8 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 from ignite.handlers import LRScheduler
-from task import Task, Timed, build, loader, optimizer, schedule
+from task import Task, Timed, autocast_of, build, loader, optimizer, schedule
 from torch import nn
-
-DISTRIBUTIONS = ("pytorch-ignite",)
 
 
 def train(task: Task) -> Timed:
@@ -22,7 +20,8 @@ def train(task: Task) -> Timed:
         x, y = batch
         model.train()
         made.zero_grad()
-        value = loss(model(x), y)
+        with autocast_of(task):
+            value = loss(model(x), y)
         value.backward()
         nn.utils.clip_grad_norm_(parameters, task.max_norm)
         made.step()

@@ -11,8 +11,6 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from task import Task, Timed, build, loader, optimizer, schedule
 from torch import Tensor
 
-DISTRIBUTIONS = ("lightning",)
-
 
 class Module(lightning.LightningModule):
     """As its documentation shows."""

@@ -25,16 +25,17 @@ import task as tasks
 import torch
 from task import Task, Timed, build, held_out_loss
 
-# engine → (module, function)
-ENGINES = {
-    "raw, tuned": ("raw", "tuned"),
-    "raw, textbook": ("raw", "textbook"),
-    "drivetrain": ("with_drivetrain", "train"),
-    "drivetrain, watched": ("with_drivetrain", "train_watched"),
-    "ignite": ("with_ignite", "train"),
-    "accelerate": ("with_accelerate", "train"),
-    "lightning": ("with_lightning", "train"),
-    "hf": ("with_hf", "train"),
+# engine → (module, function, the distributions that it finds installed; none for all)
+ENGINES: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "raw, tuned": ("raw", "tuned", ("torch", "numpy")),
+    "raw, textbook": ("raw", "textbook", ("torch", "numpy")),
+    "drivetrain": ("with_drivetrain", "train", ()),
+    "drivetrain, watched": ("with_drivetrain", "train_watched", ()),
+    "drivetrain, torch's AdamW": ("with_drivetrain", "train_with_torchs", ()),
+    "ignite": ("with_ignite", "train", ("pytorch-ignite", "torch", "numpy")),
+    "accelerate": ("with_accelerate", "train", ("accelerate", "torch", "numpy")),
+    "lightning": ("with_lightning", "train", ("lightning", "torch", "numpy")),
+    "hf": ("with_hf", "train", ("transformers", "accelerate", "torch", "numpy")),
 }
 
 
@@ -77,12 +78,13 @@ def calls_of(train: Callable[[Task], Timed], task: Task) -> int:
 
 def main() -> None:
     """Serve."""
-    module, function = ENGINES[sys.argv[1]]
+    module, function, distributions = ENGINES[sys.argv[1]]
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     out = os.fdopen(os.dup(1), "w")
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         engine = importlib.import_module(module)
-        versions = {name: importlib.metadata.version(name) for name in engine.DISTRIBUTIONS}
+        named = distributions or ("drivetrain-core", "torch")
+        versions = {name: importlib.metadata.version(name) for name in named if name != "numpy"}
         print(json.dumps({"versions": versions}), file=out, flush=True)
 
         def hand_over(seconds: float | None) -> None:
