@@ -47,9 +47,17 @@ class TrainingMode(enum.Enum):
     PRETRAINING = "pretraining"
 
 
-def _key(default: Any = None, help: str = "", *, kind: str = "", at_least: float | None = None, factory: Any = None) -> Any:
+def _key(
+    default: Any = None,
+    help: str = "",
+    *,
+    kind: str = "",
+    at_least: float | None = None,
+    finite: bool = True,
+    factory: Any = None,
+) -> Any:
     given: dict[str, Any] = {"factory": factory} if factory else {"default": default}
-    return attrs.field(metadata={"help": help, "kind": kind, "limits": Limits(at_least)}, **given)
+    return attrs.field(metadata={"help": help, "kind": kind, "limits": Limits(at_least, finite=finite)}, **given)
 
 
 @attrs.define(kw_only=True)
@@ -113,7 +121,9 @@ class TrainingConfig:
     precision: Spec = _key(None, "fp32, tf32, bf16, fp16; by default what the device runs best", kind="precision")
     optimizer: Spec = _key(None, "the optimizer; by default adamw", kind="optimizer")
     scheduler: Spec = _key(None, "the learning rate over the run; by default cosine", kind="scheduler")
-    max_grad_norm: float | None = _key(1.0, "clip the gradients' total norm to this; false to leave them", at_least=0)
+    max_grad_norm: float | None = _key(
+        1.0, "clip the gradients' total norm to this; inf only measures it, false leaves them", at_least=0, finite=False
+    )
     distributed: Spec = _key("auto", "ddp, fsdp, mpi, none; auto picks by the launch environment", kind="strategy")
     device: str = _key("auto", "cpu, cuda, cuda:1, mps, xpu, a plugin's; auto picks the accelerator if there is one")
     callbacks: list[Spec] = _key(help="callbacks to add, or to configure when they are standard ones", factory=list)

@@ -27,6 +27,12 @@ class Duration:
     value: float
     unit: str = field(validator=validators.in_(_NAMES))
 
+    def __attrs_post_init__(self) -> None:
+        if not 0 < self.value < float("inf"):
+            raise ValueError(f"a duration must be more than zero and finite, got '{self.value:g}{self.unit}'")
+        if self.unit in ("st", "sp", "tok") and self.value != int(self.value):
+            raise ValueError(f"'{self.value:g}{self.unit}' is not a whole number of {self.unit_name}")
+
     @classmethod
     def parse(cls, text: Duration | str) -> Duration:
         """Read `"3ep"`, `"1000st"`, `"1e9tok"`, `"90min"`, `"5%"`.
@@ -42,13 +48,7 @@ class Duration:
         match = _TEXT.fullmatch(text)
         if match is None or match[2] not in _UNITS:
             raise ValueError(f"expected a duration, got {text!r} ({hint})")
-        value = float(match[1]) * _SECONDS.get(match[2], 1.0)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"a duration must be more than zero, got {text!r}")
-        unit = _UNITS[match[2]]
-        if unit in ("st", "sp", "tok") and value != int(value):
-            raise ValueError(f"{text!r} is not a whole number of {_NAMES[unit]}")
-        return cls(value, unit)
+        return cls(float(match[1]) * _SECONDS.get(match[2], 1.0), _UNITS[match[2]])
 
     @property
     def unit_name(self) -> str:

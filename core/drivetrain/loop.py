@@ -38,6 +38,10 @@ _MOST_SKIPS = 100
 _MOST_LOSSES = 1024  # kept apart
 _SPLIT = 4096  # tokens travel as two numbers, whose sums fp32 holds exactly
 _NOTHING = nullcontext()
+_NO_TOKENS = (
+    "max_duration counts tokens, and the batches have none: they need `input_ids`, or an integer input of two dimensions. "
+    "Give max_duration in steps ('1000st'), samples ('1e6sp') or epochs ('3ep')."
+)
 
 
 class Loop:
@@ -86,6 +90,8 @@ class Loop:
                     if not settled:
                         ctx.strategy.settled()
                         settled = True
+                        if ctx.run_unit == "tok" and ctx.tokens == 0:  # or it would never end
+                            raise DataError(_NO_TOKENS)
                     if on.step_end is not None:
                         on.step_end(ctx)
                     assert ctx.loss_tensor is not None

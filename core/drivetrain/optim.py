@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
@@ -174,6 +175,6 @@ def _rule_problems(rule: Mapping[str, Any], allowed: tuple[str, ...], path: str)
     for key, value in rule.items():
         if key != "match" and key not in allowed:
             problems.append(Problem(f"{path}.{key}", f"cannot be set for a group; possible: match, {', '.join(allowed)}"))
-        elif key in ("lr", "weight_decay") and (type(value) not in (int, float) or value < 0):
+        elif key in ("lr", "weight_decay") and (type(value) not in (int, float) or not 0 <= value < math.inf):
             problems.append(Problem(f"{path}.{key}", f"expected a number of at least 0, got {value!r}"))
     return problems

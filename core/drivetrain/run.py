@@ -25,7 +25,7 @@ from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Split, StreamSource, make_source
 from drivetrain.devices import DeviceManager, divide_cores
 from drivetrain.duration import Duration
-from drivetrain.errors import ConfigError, DataError, PluginError, Problem
+from drivetrain.errors import ConfigError, DataError, DrivetrainError, ModelError, PluginError, Problem
 from drivetrain.evaluation import evaluate
 from drivetrain.fitting import choose_strategy
 from drivetrain.given import Given
@@ -50,7 +50,8 @@ class Run:
         ctx.resume = self.config.resume
         if (place := detect()).world_size > 1:
             announce_failures(Peer.here(place.rank))
-        self.devices = DeviceManager(str(given.device or self.config.device), place.local_rank)
+        self.device_asked = self.config.device if given.device is None else given.device
+        self.devices = DeviceManager(str(self.device_asked), place.local_rank)
         divide_cores(place.local_world_size)
         ctx.device = self.devices.device
         self.components = self._components()
@@ -74,6 +75,7 @@ class Run:
         self.recompilations = Recompilations() if self.config.compile else None
         ctx.optimizer = self._optimizer(before)
         ctx.precision.attach(ctx.optimizer)
+        self._check_scheduler()
         self.metrics = given.compute_metrics or self.pm.choose("make_metrics", ctx)
         self.call = ModelCall(given.loss or self.pm.choose("make_loss", ctx), given.step)
         self.pm.wrap_listeners(ctx)
@@ -151,7 +153,7 @@ class Run:
         """See `Trainer.choices`."""
         ctx, config, configured = self.ctx, self.config, "as configured"
         found = "no accelerator that torch can use" if self.devices.type == "cpu" else f"torch finds {self.devices.name}"
-        yield "device", str(ctx.device), found if str(self.given.device or config.device) == "auto" else configured
+        yield "device", str(ctx.device), found if self.device_asked == "auto" else configured
         yield "distributed", ctx.strategy.name, ctx.strategy.reason
         yield "precision", ctx.precision.name, ctx.precision.reason
         if (optimizer := self.single.get("optimizer")) is not None:
@@ -213,6 +215,9 @@ class Run:
     def _optimizer(self, before: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
         given = self.given.optimizer
         if isinstance(given, torch.optim.Optimizer):
+            ours = set(before.values())
+            if not any(parameter in ours for group in given.param_groups for parameter in group["params"]):
+                raise ModelError("the optimizer has no parameter of this model: make it of the model that Trainer is given.")
             follow_parameters(given, before, self.ctx.model)
         made = given if isinstance(given, torch.optim.Optimizer) else self.pm.choose("make_optimizer", self.ctx)
         if made is None:
@@ -227,6 +232,15 @@ class Run:
         if not isinstance(made, torch.optim.Optimizer):
             raise PluginError(f"{self.single['optimizer']} made {made!r}, which is no torch.optim.Optimizer")
         return made
+
+    def _check_scheduler(self) -> None:
+        """Raise for a torch scheduler that would change nothing."""
+        given = self.given.scheduler
+        if isinstance(given, (LRScheduler, ReduceLROnPlateau)) and given.optimizer is not self.ctx.optimizer:
+            raise DrivetrainError("the scheduler changes another optimizer: make it of the one given as optimizer=...")
+        if isinstance(given, ReduceLROnPlateau) and (self.eval_source is None or self.config.eval_interval is None):
+            message = "ReduceLROnPlateau looks at eval/loss: give Trainer an eval_dataset, and an eval_interval"
+            raise ConfigError([Problem("eval_interval", message)])
 
     def _schedule(self) -> Callable[[float], float] | None:
         given = self.given.scheduler

@@ -255,6 +255,14 @@ def test_wrong_durations(text: str) -> None:
         Duration.parse(text)
 
 
+@pytest.mark.parametrize(
+    ("value", "unit"), [(0, "st"), (-1, "ep"), (2.5, "st"), (math.nan, "s"), (math.inf, "tok"), (1, "steps")]
+)
+def test_wrong_durations_from_code(value: float, unit: str) -> None:
+    with pytest.raises(ValueError, match=r"duration|whole number|unit"):
+        Duration(value, unit)
+
+
 def test_large_durations_keep_every_digit() -> None:
     assert str(Duration.parse("1234567891st")) == "1234567891st"
 
@@ -324,6 +332,8 @@ class TestLimits:
     class Limited(Callback):
         share: float = option(default=0.5, at_least=0, below=1)
         steps: int | None = option(default=None, above=0, at_most=10)
+        least: float = option(default=1.0, at_least=0)
+        free: float = option(default=math.inf)
         betas: tuple[float, float] = option(default=(0.0, 0.9), at_least=0, below=1)
 
     @pytest.mark.parametrize(
@@ -332,6 +342,7 @@ class TestLimits:
             ("share", -0.1, "must be at least 0 and below 1, got -0.1"),
             ("share", 1.0, "must be at least 0 and below 1, got 1.0"),
             ("share", math.nan, "must be at least 0 and below 1, got nan"),
+            ("least", math.inf, "must be finite, got inf"),
             ("steps", 0, "must be above 0 and at most 10, got 0"),
             ("steps", 11, "must be above 0 and at most 10, got 11"),
             ("betas", (0.5, 1.0), "must be at least 0 and below 1, got 1.0"),
@@ -350,6 +361,9 @@ class TestLimits:
     def test_the_ends_and_none_are_within(self, given: dict[str, Any]) -> None:
         made = self.Limited(**given)
         assert {name: getattr(made, name) for name in given} == given
+
+    def test_gradients_may_be_measured_without_being_clipped(self) -> None:
+        assert TrainingConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
 
     def test_a_table_names_every_key_outside(self) -> None:
         with pytest.raises(ConfigError) as caught:

@@ -26,6 +26,7 @@ from drivetrain import (
     CallbackContext,
     ConfigError,
     DataError,
+    DrivetrainError,
     Loss,
     ModelError,
     Strategy,
@@ -361,6 +362,35 @@ def test_torch_schedulers_are_accepted() -> None:
     cfg = config(max_duration="5st", per_device_batch_size=4)
     Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=optimizer, scheduler=scheduler).train()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def another(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(mlp().parameters(), lr=1.0)
+
+
+def own(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1.0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler", "remedy"),
+    [
+        (another, lambda o: None, "no parameter of this model"),
+        (own, lambda o: torch.optim.lr_scheduler.StepLR(another(mlp()), 2), "changes another optimizer"),
+        (own, torch.optim.lr_scheduler.ReduceLROnPlateau, "eval_interval: ReduceLROnPlateau looks at eval/loss"),
+    ],
+)
+def test_an_optimizer_or_a_scheduler_that_would_change_nothing_is_refused(optimizer: Any, scheduler: Any, remedy: str) -> None:
+    model = mlp()
+    made = optimizer(model)
+    with pytest.raises(DrivetrainError, match=remedy):
+        Trainer(model, config(), regression(), loss=nn.MSELoss(), optimizer=made, scheduler=scheduler(made))
+
+
+def test_a_run_in_tokens_over_data_that_has_none_ends_with_an_error() -> None:
+    model = mlp()
+    with pytest.raises(DataError, match="max_duration counts tokens, and the batches have none"):
+        Trainer(model, config(max_duration="35tok"), regression(), loss=nn.MSELoss(), optimizer=own(model)).train()
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,9 @@ class _Update:
             )
         self._newest, parameter, state = step, self._parameter, self._optimizer.state
         known = self._whole.state.get(parameter)
-        if known is not None and state.get(parameter) is not known:  # a state has been loaded
+        if known is None:  # the first step, or the run has gone back to before it
+            state.pop(parameter, None)
+        elif state.get(parameter) is not known:  # a state has been loaded
             state[parameter] = known
         group = self._whole.param_groups[self._group]  # another one when a state has been loaded
         self._own.update({name: value for name, value in group.items() if name != "params"})  # the learning rate, say

@@ -393,7 +393,9 @@ class TestAnomaly:
         with pytest.raises(ConfigError, match=key):
             made.train()
 
-    def test_going_back_is_the_same_as_with_ordinary_updates(self, tmp_path: Any) -> None:
+    @pytest.mark.parametrize("snapshot_every", [2, 100])
+    @pytest.mark.parametrize("optimizer", ["adamw", {"use": "sgd", "momentum": 0.9}], ids=["adamw", "sgd"])
+    def test_going_back_is_the_same_as_with_ordinary_updates(self, tmp_path: Any, snapshot_every: int, optimizer: Any) -> None:
         @component
         class Bad(Callback):
             at: int = 5
@@ -404,8 +406,9 @@ class TestAnomaly:
 
         ends = []
         for name, callbacks in (("plain", []), ("early", [OptimizerInBackward()])):
-            anomaly = make_component("callback", {"use": "anomaly", "nonfinite": "rollback", "snapshot_every": 2})
-            made = trainer(*callbacks, Bad(), anomaly, output_dir=tmp_path / name)  # type: ignore[arg-type]
+            anomaly = make_component("callback", {"use": "anomaly", "nonfinite": "rollback", "snapshot_every": snapshot_every})
+            chosen = make_component("optimizer", optimizer)
+            made = trainer(*callbacks, Bad(), anomaly, optimizer=chosen, output_dir=tmp_path / name)  # type: ignore[arg-type]
             made.train()
             assert anomaly.left_out == [(0, 5)]  # type: ignore[attr-defined]
             ends.append(made)
