@@ -447,7 +447,7 @@ class Trainer:
 
     def _start(self) -> None:
         ctx, run = self.ctx, self._run
-        run.loop.is_whole = False
+        run.loop.begin()
         if self._rng is not None:  # a second sitting in this process
             set_random_state(self._rng, ctx.device)
         else:

@@ -11,7 +11,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from drivetrain import (
     DataError,
     Loss,
     ModelError,
+    Precision,
     Strategy,
     Trainer,
     TrainingConfig,
@@ -327,6 +328,79 @@ def test_leaving_the_loop_ends_the_run_in_good_order_and_it_can_go_on() -> None:
     whole = fresh()
     whole.train()
     assert torch.equal(weights(trainer.model), weights(whole.model))
+
+
+class FailsOnce(Callback):
+    """Raises in the second step, once, in the second microbatch or when its gradients have been clipped."""
+
+    def __init__(self, event: str) -> None:
+        self.event, self.failed = event, False
+
+    def on_gradients(self, ctx: CallbackContext) -> None:
+        if self.event == "veto" and ctx.step == 1 and not self.failed:
+            ctx.veto = True
+
+    def on_loss(self, ctx: CallbackContext) -> None:
+        self._fail(ctx, self.event == "loss" and ctx.microbatch == 1)
+
+    def on_clipped(self, ctx: CallbackContext) -> None:
+        self._fail(ctx, self.event in ("clipped", "veto"))
+
+    def _fail(self, ctx: CallbackContext, here: bool) -> None:
+        if here and ctx.step == 1 and not self.failed:
+            self.failed = True
+            raise ValueError("once")
+
+
+class Scaled(Precision):
+    """Scales losses by a GradScaler, which insists on its order of calls."""
+
+    scales = True
+
+    def __init__(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return True
+
+    def skip(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.scaler.load_state_dict(dict(saved))
+
+
+@pytest.mark.parametrize("precision", [Precision, Scaled])
+@pytest.mark.parametrize("event", ["", "loss", "clipped", "veto"])
+def test_a_step_that_was_broken_off_leaves_nothing_to_the_next_sitting(event: str, precision: type[Precision]) -> None:
+    """Neither gradients, those that were there before the first sitting included, nor a veto, nor a scaler in the middle of a step."""
+
+    def run(event: str, before: float) -> tuple[torch.Tensor, Any]:
+        model = mlp()
+        if before:
+            (model(torch.ones(2, 4)) * before).sum().backward()
+        cfg = config(max_duration="6st", per_device_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=False)
+        options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "precision": precision()}
+        trainer = Trainer(model, cfg, regression(), callbacks=[FailsOnce(event)], **options)
+        if event:
+            with pytest.raises(ValueError, match="once"):
+                trainer.train()
+        trainer.train()
+        return weights(model), trainer.ctx.precision.state_dict()
+
+    (expected, scale), (found, found_scale) = run("", 0.0), run(event, 100.0)
+    assert torch.equal(found, expected) and found_scale == scale
 
 
 def test_the_callers_random_state_is_left_as_it_was() -> None:
