@@ -386,6 +386,10 @@ class Trainer:
         ctx, metrics = self.ctx, saved["metrics"]
         for name in _COUNTERS:
             setattr(ctx, name, saved[name])
+        if (
+            ctx.strategy.world_size > 1
+        ):  # ranks whose microbatches have unequal sizes could end up with unequal numbers of parts
+            ctx.microbatch_parts = 1
         ctx.seconds, ctx.agreed_seconds = saved["seconds"] - (self.elapsed - ctx.seconds), saved["seconds"]
         ctx.last_logged, ctx.eval_metrics = dict(metrics["logged"]), dict(metrics["eval"])
         self._run.evaluated_at = saved["evaluated_at"]

@@ -170,13 +170,14 @@ def test_other_errors_pass() -> None:
     assert not hasattr(failure.value, "__notes__")
 
 
+class Two(Strategy):
+    world_size = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
 def test_one_of_several_ranks_cannot_go_on_alone() -> None:
-    class Two(Strategy):
-        world_size = 2
-
-        def gather(self, value: Any) -> list[Any]:
-            return [value, value]
-
     model = Hungry(room=4)
     config = TrainingConfig(max_duration="2st", per_device_batch_size=8, standard_callbacks=False, device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -184,6 +185,24 @@ def test_one_of_several_ranks_cannot_go_on_alone() -> None:
         Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=Two(), precision=Precision()).train()
     note = "".join(failure.value.__notes__)
     assert "Lower per_device_batch_size from 8 to 4 and double gradient_accumulation_steps" in note
+
+
+def test_several_ranks_take_no_smaller_microbatches_over() -> None:
+    """Of a round that is not full one has 3 samples and one 2: divided by 4 they would go on in 3 and 2 microbatches."""
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        saved = copy.deepcopy(trained(Hungry(room=4), steps=1).state_dict())
+    assert saved["progress"]["microbatch_parts"] == 2
+    for strategy, parts in ((Strategy(), 2), (Two(), 1)):
+        model = Hungry(room=4)
+        config = TrainingConfig(
+            max_duration="8st", per_device_batch_size=8, standard_callbacks=False, device="cpu", resume_changed="allow"
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=strategy, precision=Precision())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.load_state_dict(saved)
+        assert trainer.ctx.microbatch_parts == parts
 
 
 def test_batches_of_any_form_are_divided_by_samples() -> None:
