@@ -182,7 +182,14 @@ class Trainer:
         Returns:
             "eval/loss" and "eval/NAME" for each metric.
         """
-        return self._run.evaluate(None if dataset is None else self._run.eval_source_of(dataset))
+        run = self._run
+        source = run.eval_source if dataset is None else run.eval_source_of(dataset)
+        try:
+            return run.evaluate(source)
+        finally:
+            # The worker processes of the run's own data serve its next evaluation, until the sitting ends.
+            if source is not None and (dataset is not None or self._started is None):
+                source.close()
 
     def restore(self, resume: str | Path | None = None) -> int:
         """Load the state that `resume` names without training, to evaluate or export what a run has learned.

@@ -6,6 +6,7 @@ import copy
 import cProfile
 import errno
 import math
+import multiprocessing
 import pstats
 import re
 import signal
@@ -736,6 +737,27 @@ def test_evaluation_weighs_every_sample_once_and_disturbs_nothing() -> None:
     assert found["eval/loss"] == pytest.approx((outputs - data.tensors[1]).square().mean().item(), rel=1e-6)
     assert found["eval/mae"] == pytest.approx((outputs - data.tensors[1]).abs().mean().item(), rel=1e-6)
     assert found["eval/big"] == pytest.approx((data.tensors[1] > 0).double().mean().item())
+
+
+class InWorkers(Callback):
+    """Evaluates on data of its own in the loop; remembers how many worker processes there are before and afterwards."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        before = len(multiprocessing.active_children())
+        ctx.trainer.evaluate(list(regression(8)))
+        self.counts = before, len(multiprocessing.active_children())
+
+
+def test_an_evaluation_leaves_no_worker_process_behind() -> None:
+    model, callback = mlp(), InWorkers()
+    cfg = config(max_duration="1st", dataloader={"num_workers": 1})
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [callback]}
+    trainer = Trainer(model, cfg, regression(), regression(8), **options)
+    trainer.train()
+    assert callback.counts == (1, 1), "the training's own goes on"
+    for data in (list(regression(8)), None, iter(regression(8))):
+        trainer.evaluate(data)
+        assert multiprocessing.active_children() == []
 
 
 def test_evaluating_never_changes_training() -> None:
