@@ -97,7 +97,10 @@ class _Sums:
         exact = torch.float32 if loss.total.device.type == "mps" else torch.float64
         total = loss.total.detach().to(exact)
         self.totals[name] = self.totals.get(name, 0) + (total if samples else torch.zeros_like(total))
-        self.weights[name] = self.weights.get(name, 0) + (loss.weight if samples else 0.0)
+        weight = (
+            loss.weight.detach().to(exact) if isinstance(loss.weight, Tensor) else loss.weight
+        )  # its own type counts to 256 in bf16
+        self.weights[name] = self.weights.get(name, 0) + (weight if samples else 0.0)
 
     def values(self, strategy: Strategy) -> dict[str, float]:
         """The means over all ranks, read from the device in one go."""

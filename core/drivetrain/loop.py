@@ -264,7 +264,7 @@ class Loop:
                         unit = _at_least_one(loss.weight) if ranks == 1 else share
                     counted = loss if count else Loss(loss.total * 0.0, loss.weight * 0.0)
                     scaled = counted.total / unit
-                    weights.append(counted.weight)
+                    weights.append(_constant(counted.weight))
                 totals.append(scaled.detach())
                 self.backward(scaled)
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
@@ -520,8 +520,16 @@ def _no_memory(ctx: CallbackContext) -> str:
     return "Out of memory with a single sample: activation_checkpointing, 16-bit precision or distributed = 'fsdp' need less."
 
 
+def _constant(weight: Tensor | float) -> Tensor | float:
+    """A weight says how much a loss counts: no gradient goes through it, with accumulation or without."""
+    return weight.detach() if isinstance(weight, Tensor) else weight
+
+
 def _positive(weight: Tensor | float) -> Tensor | float:
-    return weight.clamp(min=_TINY) if isinstance(weight, Tensor) else max(weight, _TINY)
+    if not isinstance(weight, Tensor):
+        return max(weight, _TINY)
+    weight = weight.detach()
+    return (weight.float() if weight.dtype == torch.float16 else weight).clamp(min=_TINY)  # which is 0 in fp16
 
 
 def _at_least_one(weight: Tensor | float) -> Tensor | float:

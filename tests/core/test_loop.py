@@ -212,6 +212,53 @@ def test_a_window_without_any_target_leaves_the_weights_alone() -> None:
         assert torch.equal(weights(model), before)
 
 
+class Weighted(nn.Module):
+    """Squared errors with a weight of each sample, of any type."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, weight: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.dtype, self.weight = nn.Linear(4, 1), dtype, nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Loss:
+        count = (self.weight * len(x)).to(self.dtype)
+        return Loss((self.weight.detach() * (self.head(x) - y).square()).sum(), count)
+
+
+def rows(n: int) -> list[dict[str, torch.Tensor]]:
+    return [{"x": x, "y": y} for x, y in regression(n)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_evaluation_adds_weights_up_exactly_whatever_their_type(dtype: torch.dtype) -> None:
+    """In bf16 nothing can be added to 256."""
+    expected, found = (
+        Trainer(
+            model := Weighted(kind), config(), rows(8), rows(2600), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+        ).evaluate()
+        for kind in (torch.float32, dtype)
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_a_step_of_no_weight_leaves_the_weights_alone_whatever_its_type(dtype: torch.dtype, accumulation: int) -> None:
+    model = Weighted(dtype, weight=0.0)
+    before, cfg = weights(model).clone(), config(max_duration="1st", gradient_accumulation_steps=accumulation)
+    Trainer(model, cfg, rows(32), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_gradient_goes_through_a_weight(accumulation: int) -> None:
+    model = Weighted()
+    cfg = config(max_duration="2st", gradient_accumulation_steps=accumulation)
+    trainer = Trainer(model, cfg, rows(32), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.train()
+    assert model.weight.item() == 1.0 and not trainer.ctx.loss_tensor.requires_grad
+
+
 def test_reported_loss_is_the_weighted_mean() -> None:
     data, seen = token_data(8), []
     model = TokenModel()
