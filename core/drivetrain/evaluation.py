@@ -45,7 +45,7 @@ def evaluate(
     kept = ctx.batch, ctx.outputs
     ctx.model.eval()
     try:
-        with torch.no_grad(), isolated():
+        with torch.no_grad(), isolated(device=ctx.device):
             if events.evaluate_start is not None:
                 events.evaluate_start(ctx)
             sums = _Sums(metrics)

@@ -34,6 +34,7 @@ from drivetrain import (
     Trainer,
     TrainingConfig,
     at_hand,
+    rng,
 )
 from drivetrain.data import Split, make_source
 
@@ -784,6 +785,33 @@ def test_evaluation_weighs_every_sample_once_and_disturbs_nothing() -> None:
     assert found["eval/loss"] == pytest.approx((outputs - data.tensors[1]).square().mean().item(), rel=1e-6)
     assert found["eval/mae"] == pytest.approx((outputs - data.tensors[1]).abs().mean().item(), rel=1e-6)
     assert found["eval/big"] == pytest.approx((data.tensors[1] > 0).double().mean().item())
+
+
+def test_evaluation_puts_the_devices_random_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that stands in for one with a generator of its own: a model may sample in eval mode."""
+    generator = {"state": 7}
+
+    class Device:
+        @staticmethod
+        def get_rng_state(device: torch.device) -> int:
+            return generator["state"]
+
+        @staticmethod
+        def set_rng_state(state: int, device: torch.device) -> None:
+            generator["state"] = state
+
+    class Samples(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            generator["state"] += 1
+            return super().forward(x)
+
+    monkeypatch.setattr(rng, "_device_module", lambda device: Device)
+    model = Samples(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, config(), regression(), regression(), loss=nn.MSELoss(), optimizer=optimizer)
+    monkeypatch.setattr(trainer.ctx, "device", torch.device("meta"))
+    trainer.evaluate()
+    assert generator == {"state": 7}
 
 
 class InWorkers(Callback):
