@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -43,6 +44,7 @@ def evaluate(
     """
     modes = [module for module in ctx.model.modules() if module.training]
     kept = ctx.batch, ctx.outputs
+    forward = copy.copy(ctx.precision.forward()) or nullcontext()  # a listener may evaluate while the training's own is entered
     ctx.model.eval()
     try:
         with torch.no_grad(), isolated(device=ctx.device):
@@ -51,7 +53,7 @@ def evaluate(
             sums = _Sums(metrics)
             for (batch,), (count,), _ in source.open(0):
                 ctx.batch = batch if transfer is None else transfer(batch)
-                with ctx.precision.forward() or nullcontext():
+                with forward:
                     ctx.outputs = call.forward(ctx.model, ctx.batch)
                     sums.add(ctx.outputs, ctx.batch, call, counts=count > 0)
                 if events.evaluate_batch is not None:

@@ -814,6 +814,32 @@ def test_evaluation_puts_the_devices_random_state_back(monkeypatch: pytest.Monke
     assert generator == {"state": 7}
 
 
+class Half(Precision):
+    """Autocast, with one context that is entered again for every microbatch."""
+
+    def __init__(self) -> None:
+        self.context = torch.autocast("cpu", torch.bfloat16)
+
+    def forward(self) -> Any:
+        return self.context
+
+
+class EvaluatesInForward(Callback):
+    def on_forward(self, ctx: CallbackContext) -> None:
+        if ctx.model.training:
+            ctx.trainer.evaluate()
+
+
+def test_an_evaluation_in_the_middle_of_a_forward_does_not_leave_autocast_on() -> None:
+    model = mlp()
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "precision": Half()}
+    trainer = Trainer(
+        model, config(max_duration="2st"), regression(), regression(), callbacks=[EvaluatesInForward()], **options
+    )
+    trainer.train()
+    assert not torch.is_autocast_enabled("cpu")
+
+
 class InWorkers(Callback):
     """Evaluates on data of its own in the loop; remembers how many worker processes there are before and afterwards."""
 
