@@ -33,6 +33,7 @@ from drivetrain.run import Run
 from drivetrain.strategy import Strategy
 
 _PARTS = ("progress", "model", "optimizer", "precision", "components", "rng", "unlogged", "manifest")
+_KERNELS = ("fused", "foreach", "capturable")  # options of torch's optimizers that only say how they compute
 _COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps", "microbatch_parts")
 
 
@@ -374,7 +375,8 @@ class Trainer:
         except (RuntimeError, KeyError) as error:
             raise DrivetrainError(f"the saved weights do not fit the model: {error}") from error
         try:
-            ctx.strategy.load_optimizer_state(ctx.model, ctx.optimizer, saved["optimizer"])
+            with ctx.optimizer.register_load_state_dict_pre_hook(_keep_kernels):
+                ctx.strategy.load_optimizer_state(ctx.model, ctx.optimizer, saved["optimizer"])
         except (ValueError, KeyError) as error:
             raise DrivetrainError(f"the saved optimizer state does not fit {type(ctx.optimizer).__name__}: {error}") from error
         if any(change.key.startswith("optimizer") and change.verdict == "refuse" for change in changes):
@@ -528,6 +530,17 @@ def _close(steps: weakref.ref[Generator[Step, None, None]]) -> None:
     """End a run whose loop was left, while the interpreter is whole."""
     if (running := steps()) is not None:
         running.close()
+
+
+def _keep_kernels(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved optimizer's state with this one's choice of kernels: what was right on that machine may be wrong on this one.
+
+    Put in before it is loaded, since torch keeps the count of steps where they need it.
+    """
+    groups = [dict(group) for group in saved["param_groups"]]
+    for group, mine in zip(groups, optimizer.param_groups, strict=False):  # torch says it if their number is another
+        group |= {name: mine[name] for name in _KERNELS if name in group and name in mine}
+    return {**saved, "param_groups": groups}
 
 
 @contextmanager
