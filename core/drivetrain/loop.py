@@ -114,8 +114,10 @@ class Loop:
     def _after_step(self, counted: bool) -> None:
         """Whatever is due; a stop or a time that only one rank knows of brings all together first, after the same step."""
         self.is_whole = True
+        if not counted:
+            self.agenda.look_ahead()
         met = self.ctx.strategy.meet(self.ctx.stop_wanted is not None or self.agenda.is_late())
-        if met or (counted and (self.agenda.is_due() or self.reached_end())):
+        if met or self.agenda.is_due() or (counted and self.reached_end()):
             self._run_agenda(met)
 
     def _run_agenda(self, met: bool) -> None:
@@ -438,6 +440,7 @@ class Loop:
             if ctx.left_out and (ctx.epoch, ctx.step_in_epoch) in ctx.left_out:
                 ctx.step_in_epoch += 1
                 ctx.skipped_steps += 1
+                self.agenda.look_ahead()
             else:
                 yield window
             began = clock()
@@ -449,8 +452,10 @@ class Loop:
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
-        if ctx.steps_per_epoch is None and (self.agenda.is_due() or self.reached_end()):
-            self._run_agenda(False)  # epochs of unknown length end here, not at a step known ahead
+        self.agenda.look_ahead()
+        # Epochs of unknown length, or whose last window was left out, end here, not at a step known ahead.
+        if self.agenda.is_due() or (ctx.steps_per_epoch is None and self.reached_end()):
+            self._run_agenda(False)
 
     def _remember_loss(self) -> None:
         assert self.ctx.loss_tensor is not None

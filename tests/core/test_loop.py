@@ -497,6 +497,56 @@ def test_durations_end_the_run(length: str, expected: int) -> None:
     assert output.stop_reason == f"max_duration {cfg.max_duration} reached"
 
 
+class Skips(Precision):
+    """Some windows make no step, as if their gradients had overflowed."""
+
+    scales = True
+
+    def __init__(self, windows: set[int]) -> None:
+        self.windows, self.done = windows, 0
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        self.done += 1
+        return self.done - 1 not in self.windows and super().step(optimizer)
+
+
+class Periodic(Callback):
+    """Remembers when it is called, in passes."""
+
+    def __init__(self, every: str, left_out: set[tuple[int, int]]) -> None:
+        self.every, self.leave, self.at = every, left_out, []
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        ctx.left_out |= self.leave
+
+    def on_every(self, ctx: CallbackContext) -> None:
+        self.at.append(round(ctx.position_in("ep"), 6))
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [("1ep", [1, 2, 3]), ("0.5ep", [0.6, 1, 1.6, 2, 2.6, 3]), ("100%", [3]), ("2st", None)]
+)
+@pytest.mark.parametrize("skipped", [set(), {0}, {4}, {3, 4, 14}, {9, 14}, set(range(5, 13))])
+@pytest.mark.parametrize("how", ["overflow", "left out"])
+def test_passes_are_over_when_their_data_is_whatever_was_skipped(
+    every: str, expected: list[float] | None, skipped: set[int], how: str
+) -> None:
+    """Five windows in each. With windows left out there may be no step at which something is due: then it is at the next one."""
+    callback = Periodic(every, {divmod(index, 5) for index in skipped if how == "left out"})
+    model = mlp()
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [callback]}
+    precision = Skips(skipped if how == "overflow" else set())
+    trainer = Trainer(model, config(max_duration="3ep", per_device_batch_size=4), regression(), precision=precision, **options)
+    trainer.train()
+    assert trainer.ctx.step == 15 - len(skipped)
+    if expected is None:
+        assert len(callback.at) == trainer.ctx.step // 2
+    elif how == "overflow" or not skipped & {2, 7, 12, 5}:
+        assert callback.at == expected
+    else:
+        assert {1.0, 2.0, 3.0} & set(expected) <= set(callback.at)
+
+
 def test_tokens_and_wall_time_end_the_run() -> None:
     class Embed(nn.Module):
         def __init__(self) -> None:
