@@ -333,6 +333,8 @@ class Run:
         if self.eval_source is None:
             return
         self.evaluate()
+        if isinstance(self.given.scheduler, ReduceLROnPlateau):
+            self.given.scheduler.step(self.ctx.eval_metrics["eval/loss"])
         self.evaluated_at = self.ctx.step  # when it is complete: one that was interrupted is made up for
 
     def finish(self) -> bool:
@@ -382,17 +384,14 @@ class Run:
 
 @component
 class _TorchScheduler(Component):
-    """A ready torch scheduler: stepped after each optimizer step, a plateau scheduler after each evaluation."""
+    """A ready torch scheduler: stepped after each optimizer step. A plateau scheduler is, by the run, after each planned evaluation: one
+    that somebody asks for, perhaps on other data, changes nothing of the training."""
 
     scheduler: Any
 
     def on_step_end(self, ctx: CallbackContext) -> None:
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
-
-    def on_evaluate_end(self, ctx: CallbackContext) -> None:
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(ctx.eval_metrics["eval/loss"])
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.scheduler.state_dict())

@@ -49,7 +49,8 @@ class Trainer:
         loss: `loss(outputs, targets)` for batches that are pairs, `loss(outputs, batch)` otherwise; not needed when the model
             returns its loss (a scalar tensor, `Loss`, `["loss"]` or `.loss`).
         optimizer: a ready torch optimizer, or what the configuration's `optimizer` takes.
-        scheduler: a torch scheduler, a function from the position to the learning rate's factor, or what `scheduler` takes.
+        scheduler: a torch scheduler (ReduceLROnPlateau follows the evaluations of `eval_interval`), a function from the position to the
+            learning rate's factor, or what `scheduler` takes.
         step: `step(model, batch) -> loss` in place of all that, for batches of any form.
         data_collator: joins a list of samples to a batch.
         compute_metrics: `metrics(outputs, batch)` that returns means or `Loss(total, weight)` by name, averaged over the

@@ -523,6 +523,28 @@ class Periodic(Callback):
         self.at.append(round(ctx.position_in("ep"), 6))
 
 
+def test_a_plateau_scheduler_follows_planned_evaluations_and_no_others() -> None:
+    """Whatever a caller's own loop evaluates: a test set must not change the training."""
+
+    def rates(asked: bool, eval_interval: str) -> list[float]:
+        model, found = mlp(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, factor=0.5, threshold=1e9, threshold_mode="abs"
+        )
+        cfg = config(max_duration="6st", eval_interval=eval_interval)
+        trainer = Trainer(model, cfg, regression(), regression(8), loss=nn.MSELoss(), optimizer=optimizer, scheduler=plateau)
+        for step in trainer.steps():
+            if asked and step.number % 2:
+                trainer.evaluate(regression(12))
+                trainer.evaluate()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    assert rates(True, "2st") == rates(False, "2st") == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+    assert rates(True, "100st") == [1.0] * 6
+
+
 @pytest.mark.parametrize(
     ("every", "expected"), [("1ep", [1, 2, 3]), ("0.5ep", [0.6, 1, 1.6, 2, 2.6, 3]), ("100%", [3]), ("2st", None)]
 )
