@@ -401,9 +401,14 @@ class _TorchScheduler(Component):
 
 
 def read(values: Mapping[str, Any]) -> dict[str, float]:
-    """Values as floats in the same order; all tensors are read from the device in one transfer."""
-    tensors = {name: value.detach().float().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
-    host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
+    """Values as floats in the same order; all tensors of a device are read from it in one transfer."""
+    places: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, {})[name] = value.detach().float().reshape(())
+    host: dict[str, float] = {}
+    for tensors in places.values():
+        host |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
     return {name: host[name] if name in host else float(value) for name, value in values.items()}
 
 

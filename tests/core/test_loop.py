@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -676,6 +676,28 @@ def test_ordinary_steps_read_nothing_from_the_device(monkeypatch: pytest.MonkeyP
     trainer.train()
     assert {step for step in reads if step not in (6, 12)} <= {0}  # the logging steps, and opening the first epoch
     assert {6, 12} <= set(reads), "the spy must see the reads of logging steps"
+
+
+class LogsTwoDevices(Callback):
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        ctx.log({"here": torch.tensor(float(ctx.step)), "there": torch.ones((), device="meta")})
+
+
+def test_values_of_several_devices_can_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tensor on the host in a run on a GPU. The meta device stands in for one: what is read from it is 7."""
+    original = torch.stack
+
+    def stack(tensors: Sequence[torch.Tensor], *args: Any) -> torch.Tensor:
+        assert len({tensor.device for tensor in tensors}) == 1
+        return torch.full((len(tensors),), 7.0) if tensors[0].device.type == "meta" else original(tensors, *args)
+
+    monkeypatch.setattr(torch, "stack", stack)
+    model = mlp()
+    options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [LogsTwoDevices()]}
+    trainer = Trainer(model, config(max_duration="3st"), regression(), loss=nn.MSELoss(), **options)
+    trainer.train()
+    metrics = trainer.ctx.last_logged
+    assert (metrics["here"], metrics["there"]) == (3.0, 7.0) and math.isfinite(metrics["train/loss"])
 
 
 def test_plugin_errors_name_the_plugin_and_the_event() -> None:
