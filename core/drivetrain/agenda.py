@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drivetrain.context import CallbackContext
 
 NEVER = 1 << 62
+_WINDOWS = "windows"  # of all passes: a pass is over when its data is, whether or not a step was made of each window
 
 
 class _Item:
@@ -21,21 +22,29 @@ class _Item:
         self.action, self.at_end = action, at_end
         self.period, self.unit = period.value, period.unit
         if self.unit == "%":
-            self.period, self.unit = ctx.run_length * period.value / 100, ctx.run_unit
+            by_passes = ctx.run_unit == "st" and ctx.config.max_duration.unit == "ep"
+            self.period, self.unit = ctx.run_length * period.value / 100, _WINDOWS if by_passes else ctx.run_unit
         if self.unit == "ep" and ctx.steps_per_epoch is not None:
-            self.period, self.unit = max(1.0, period.value * ctx.steps_per_epoch), "st"
+            self.period, self.unit = max(1.0, period.value * ctx.steps_per_epoch), _WINDOWS
         # ranks have clocks and, where the run's length does not need the sum, counts of tokens of their own: rank 0's decide
         self.of_rank_0 = self.unit == "s" or (self.unit == "tok" and ctx.run_unit != "tok")
         self.plan(ctx)
 
     def plan(self, ctx: CallbackContext) -> None:
         """Find the next time after now."""
-        self.count = int(ctx.position_in(self.unit) / self.period + 1e-9) + 1
+        self.count = int(self._position(ctx) / self.period + 1e-9) + 1
         self.next = self.count * self.period
 
     def due(self, ctx: CallbackContext) -> bool:
         """Whether the time has come."""
-        return ctx.position_in(self.unit) >= self.next - 1e-9
+        return self._position(ctx) >= self.next - 1e-9
+
+    def _position(self, ctx: CallbackContext) -> float:
+        return _windows(ctx) if self.unit == _WINDOWS else ctx.position_in(self.unit)
+
+
+def _windows(ctx: CallbackContext) -> int:
+    return ctx.epoch * (ctx.steps_per_epoch or 0) + ctx.step_in_epoch
 
 
 class Agenda:
@@ -78,8 +87,15 @@ class Agenda:
                 item.action()
         self._set_next_step()
 
+    def look_ahead(self) -> None:
+        """To be called when a window has passed without a step, or a pass ended early: what is counted in passes comes sooner then."""
+        lead = {"st": 0, _WINDOWS: _windows(self._ctx) - self._ctx.step}
+        self.next_step = min(
+            (math.ceil(item.next - 1e-9) - lead[item.unit] for item in self._items if item.unit in lead), default=NEVER
+        )
+
     def _set_next_step(self) -> None:
-        """The first step at which something counted in steps is due, and what has to be asked after each step instead."""
-        self.next_step = min((math.ceil(item.next - 1e-9) for item in self._items if item.unit == "st"), default=NEVER)
+        """The first step at which something counted in steps or passes is due, and what has to be asked after each step instead."""
+        self.look_ahead()
         self._timed = [item for item in self._items if item.of_rank_0]
-        self._counted = [item for item in self._items if item.unit != "st" and not item.of_rank_0]
+        self._counted = [item for item in self._items if item.unit not in ("st", _WINDOWS) and not item.of_rank_0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -43,15 +44,16 @@ def evaluate(
     """
     modes = [module for module in ctx.model.modules() if module.training]
     kept = ctx.batch, ctx.outputs
+    forward = copy.copy(ctx.precision.forward()) or nullcontext()  # a listener may evaluate while the training's own is entered
     ctx.model.eval()
     try:
-        with torch.no_grad(), isolated():
+        with torch.no_grad(), isolated(device=ctx.device):
             if events.evaluate_start is not None:
                 events.evaluate_start(ctx)
             sums = _Sums(metrics)
             for (batch,), (count,), _ in source.open(0):
                 ctx.batch = batch if transfer is None else transfer(batch)
-                with ctx.precision.forward() or nullcontext():
+                with forward:
                     ctx.outputs = call.forward(ctx.model, ctx.batch)
                     sums.add(ctx.outputs, ctx.batch, call, counts=count > 0)
                 if events.evaluate_batch is not None:
@@ -97,7 +99,10 @@ class _Sums:
         exact = torch.float32 if loss.total.device.type == "mps" else torch.float64
         total = loss.total.detach().to(exact)
         self.totals[name] = self.totals.get(name, 0) + (total if samples else torch.zeros_like(total))
-        self.weights[name] = self.weights.get(name, 0) + (loss.weight if samples else 0.0)
+        weight = (
+            loss.weight.detach().to(exact) if isinstance(loss.weight, Tensor) else loss.weight
+        )  # its own type counts to 256 in bf16
+        self.weights[name] = self.weights.get(name, 0) + (weight if samples else 0.0)
 
     def values(self, strategy: Strategy) -> dict[str, float]:
         """The means over all ranks, read from the device in one go."""

@@ -121,20 +121,26 @@ def _run_in_order(calls: tuple[tuple[Event, str, Component, str | None], ...]) -
 
 
 def _run_all(calls: tuple[tuple[Event, str], ...], event: str) -> Event:
-    """Teardown: every listener gets its turn, then what they raised is raised together."""
+    """Teardown: every listener gets its turn, whoever is interrupted by Ctrl-C, then what they raised is raised together."""
 
     def dispatch(ctx: Any) -> None:
-        errors = []
+        errors: list[Exception] = []
+        interrupt: BaseException | None = None
         for call, note in calls:
             try:
                 call(ctx)
             except Exception as error:
                 error.add_note(note)
                 errors.append(error)
-        if len(errors) == 1:
-            raise errors[0]
-        if errors:
-            raise ExceptionGroup(f"{len(errors)} plugins failed in {event}", errors)
+            except BaseException as error:
+                interrupt = error
+        failed = (
+            ExceptionGroup(f"{len(errors)} plugins failed in {event}", errors) if len(errors) > 1 else next(iter(errors), None)
+        )
+        if interrupt is not None:
+            raise interrupt from failed
+        if failed is not None:
+            raise failed
 
     return dispatch
 

@@ -71,10 +71,23 @@ class Loop:
         self._scale = ctx.precision.scale if ctx.precision.scales else None
         self._consecutive_skips = 0
         self.is_whole = False  # whether the state is that after a step, not of one in the middle
+        self._unscaled = False  # whether the precision has been told to unscale, and not yet to step
         self._tokens: Tensor | None = None  # of all ranks in this step, when they have travelled with its weight
         self._tokens_matter = ctx.run_unit == "tok" and ctx.strategy.data_ranks > 1
         for group in ctx.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
+
+    def begin(self) -> None:
+        """Drop what a step that was broken off has left, or somebody before the first one: the next step must not find it."""
+        ctx, self.is_whole, self._tokens = self.ctx, False, None
+        for parameter in self.parameters:
+            parameter.grad = None
+        ctx.veto = ctx.outputs = ctx.microbatch_loss = ctx._back_to = None
+        if self._unscaled:  # a scaler refuses to unscale twice; the scale itself is to follow finished steps only
+            kept = ctx.precision.state_dict()
+            ctx.precision.skip(ctx.optimizer)
+            ctx.precision.load_state_dict(kept)
+            self._unscaled = False
 
     def steps(self) -> Iterator[Step]:
         """Train, yielding each step when everything due after it has been done."""
@@ -107,8 +120,10 @@ class Loop:
     def _after_step(self, counted: bool) -> None:
         """Whatever is due; a stop or a time that only one rank knows of brings all together first, after the same step."""
         self.is_whole = True
+        if not counted:
+            self.agenda.look_ahead()
         met = self.ctx.strategy.meet(self.ctx.stop_wanted is not None or self.agenda.is_late())
-        if met or (counted and (self.agenda.is_due() or self.reached_end())):
+        if met or self.agenda.is_due() or (counted and self.reached_end()):
             self._run_agenda(met)
 
     def _run_agenda(self, met: bool) -> None:
@@ -257,7 +272,7 @@ class Loop:
                         unit = _at_least_one(loss.weight) if ranks == 1 else share
                     counted = loss if count else Loss(loss.total * 0.0, loss.weight * 0.0)
                     scaled = counted.total / unit
-                    weights.append(counted.weight)
+                    weights.append(_constant(counted.weight))
                 totals.append(scaled.detach())
                 self.backward(scaled)
         total = totals[0] if len(totals) == 1 else torch.stack(totals).sum()
@@ -355,6 +370,7 @@ class Loop:
         strategy.reduce_gradients(self.parameters)
         if self._scale is not None:
             precision.unscale(ctx.optimizer)
+            self._unscaled = True
         if on.gradients is not None:
             strategy.clip(self.parameters, None, factor)
             factor = None
@@ -370,6 +386,7 @@ class Loop:
             applied = True
         else:
             applied = precision.step(ctx.optimizer)
+        self._unscaled = False
         if applied and on.optimizer_step is not None:
             on.optimizer_step(ctx)
         for parameter in self.parameters:
@@ -429,6 +446,7 @@ class Loop:
             if ctx.left_out and (ctx.epoch, ctx.step_in_epoch) in ctx.left_out:
                 ctx.step_in_epoch += 1
                 ctx.skipped_steps += 1
+                self.agenda.look_ahead()
             else:
                 yield window
             began = clock()
@@ -440,8 +458,10 @@ class Loop:
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
-        if ctx.steps_per_epoch is None and (self.agenda.is_due() or self.reached_end()):
-            self._run_agenda(False)  # epochs of unknown length end here, not at a step known ahead
+        self.agenda.look_ahead()
+        # Epochs of unknown length, or whose last window was left out, end here, not at a step known ahead.
+        if self.agenda.is_due() or (ctx.steps_per_epoch is None and self.reached_end()):
+            self._run_agenda(False)
 
     def _remember_loss(self) -> None:
         assert self.ctx.loss_tensor is not None
@@ -511,8 +531,16 @@ def _no_memory(ctx: CallbackContext) -> str:
     return "Out of memory with a single sample: activation_checkpointing, 16-bit precision or distributed = 'fsdp' need less."
 
 
+def _constant(weight: Tensor | float) -> Tensor | float:
+    """A weight says how much a loss counts: no gradient goes through it, with accumulation or without."""
+    return weight.detach() if isinstance(weight, Tensor) else weight
+
+
 def _positive(weight: Tensor | float) -> Tensor | float:
-    return weight.clamp(min=_TINY) if isinstance(weight, Tensor) else max(weight, _TINY)
+    if not isinstance(weight, Tensor):
+        return max(weight, _TINY)
+    weight = weight.detach()
+    return (weight.float() if weight.dtype == torch.float16 else weight).clamp(min=_TINY)  # which is 0 in fp16
 
 
 def _at_least_one(weight: Tensor | float) -> Tensor | float:

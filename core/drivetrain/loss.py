@@ -20,7 +20,7 @@ class Loss(NamedTuple):
     Attributes:
         total: summed loss, a scalar tensor with gradient.
         weight: how much it counts, for instance the number of target tokens; a scalar tensor (kept on the device, never read
-            by the host in a step) or a number.
+            by the host in a step; no gradient goes through it) or a number.
     """
 
     total: Tensor

@@ -94,16 +94,19 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 @contextmanager
-def isolated(seed: int | None = None) -> Iterator[None]:
-    """Run a block without touching the host's generators, seeded with `seed` if it is given."""
+def isolated(seed: int | None = None, device: torch.device | None = None) -> Iterator[None]:
+    """Run a block without touching the host's generators, seeded with `seed` if it is given, nor the device's if that is given."""
+    module = None if device is None or device.type == "cpu" else _device_module(device)
     with _lock:
-        before = host_state()
+        before, before_there = host_state(), module and module.get_rng_state(device)
         try:
             if seed is not None:
                 seed_host(seed)
             yield
         finally:
             set_host_state(before)
+            if module is not None:
+                module.set_rng_state(before_there, device)
 
 
 # Torch, Python and NumPy have one global generator for each process, and dropout takes no other. So the runs of a process take

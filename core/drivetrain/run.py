@@ -347,6 +347,8 @@ class Run:
         if self.eval_source is None:
             return
         self.evaluate()
+        if isinstance(self.given.scheduler, ReduceLROnPlateau):
+            self.given.scheduler.step(self.ctx.eval_metrics["eval/loss"])
         self.evaluated_at = self.ctx.step  # when it is complete: one that was interrupted is made up for
 
     def finish(self) -> bool:
@@ -396,17 +398,14 @@ class Run:
 
 @component
 class _TorchScheduler(Component):
-    """A ready torch scheduler: stepped after each optimizer step, a plateau scheduler after each evaluation."""
+    """A ready torch scheduler: stepped after each optimizer step. A plateau scheduler is, by the run, after each planned evaluation: one
+    that somebody asks for, perhaps on other data, changes nothing of the training."""
 
     scheduler: Any
 
     def on_step_end(self, ctx: CallbackContext) -> None:
         if not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
-
-    def on_evaluate_end(self, ctx: CallbackContext) -> None:
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(ctx.eval_metrics["eval/loss"])
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.scheduler.state_dict())
@@ -416,9 +415,14 @@ class _TorchScheduler(Component):
 
 
 def read(values: Mapping[str, Any]) -> dict[str, float]:
-    """Values as floats in the same order; all tensors are read from the device in one transfer."""
-    tensors = {name: value.detach().float().reshape(()) for name, value in values.items() if isinstance(value, Tensor)}
-    host = dict(zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)) if tensors else {}
+    """Values as floats in the same order; all tensors of a device are read from it in one transfer."""
+    places: dict[torch.device, dict[str, Tensor]] = {}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            places.setdefault(value.device, {})[name] = value.detach().float().reshape(())
+    host: dict[str, float] = {}
+    for tensors in places.values():
+        host |= zip(tensors, torch.stack(list(tensors.values())).tolist(), strict=True)
     return {name: host[name] if name in host else float(value) for name, value in values.items()}
 
 

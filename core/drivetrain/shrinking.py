@@ -30,18 +30,17 @@ def release(error: BaseException, device: torch.device) -> None:
 
 
 def divided(window: Window, parts: int) -> Window | None:
-    """The same samples with each microbatch in `parts` of about equal size; None when one has too few samples for that."""
+    """The same samples with each microbatch in `parts` of about equal size, or in single samples; None when all are that already."""
     batches: list[Any] = []
     counts: list[int] = []
     for batch, count in zip(window.batches, window.counts, strict=True):
         size = samples_in(batch)
-        if size < parts:
-            return None
-        cuts = [size * part // parts for part in range(parts + 1)]
+        number = max(1, min(parts, size))  # the last microbatch of an epoch may have few
+        cuts = [size * part // number for part in range(number + 1)]
         for begin, end in pairwise(cuts):
-            batches.append(_rows(batch, begin, end, size))
+            batches.append(_rows(batch, begin, end, size) if number > 1 else batch)
             counts.append(end - begin if count else 0)
-    return Window(batches, counts, window.total)
+    return Window(batches, counts, window.total) if len(batches) > len(window.batches) else None
 
 
 def _rows(batch: Any, begin: int, end: int, size: int) -> Any:

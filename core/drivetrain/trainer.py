@@ -33,6 +33,7 @@ from drivetrain.run import Run
 from drivetrain.strategy import Strategy
 
 _PARTS = ("progress", "model", "optimizer", "precision", "components", "rng", "unlogged", "manifest")
+_KERNELS = ("fused", "foreach", "capturable")  # options of torch's optimizers that only say how they compute
 _COUNTERS = ("step", "epoch", "step_in_epoch", "samples", "tokens", "skipped_steps", "microbatch_parts")
 
 
@@ -48,7 +49,8 @@ class Trainer:
         loss: `loss(outputs, targets)` for batches that are pairs, `loss(outputs, batch)` otherwise; not needed when the model
             returns its loss (a scalar tensor, `Loss`, `["loss"]` or `.loss`).
         optimizer: a ready torch optimizer, or what the configuration's `optimizer` takes.
-        scheduler: a torch scheduler, a function from the position to the learning rate's factor, or what `scheduler` takes.
+        scheduler: a torch scheduler (ReduceLROnPlateau follows the evaluations of `eval_interval`), a function from the position to the
+            learning rate's factor, or what `scheduler` takes.
         step: `step(model, batch) -> loss` in place of all that, for batches of any form.
         data_collator: joins a list of samples to a batch.
         compute_metrics: `metrics(outputs, batch)` that returns means or `Loss(total, weight)` by name, averaged over the
@@ -182,7 +184,14 @@ class Trainer:
         Returns:
             "eval/loss" and "eval/NAME" for each metric.
         """
-        return self._run.evaluate(None if dataset is None else self._run.eval_source_of(dataset))
+        run = self._run
+        source = run.eval_source if dataset is None else run.eval_source_of(dataset)
+        try:
+            return run.evaluate(source)
+        finally:
+            # The worker processes of the run's own data serve its next evaluation, until the sitting ends.
+            if source is not None and (dataset is not None or self._started is None):
+                source.close()
 
     def restore(self, resume: str | Path | None = None) -> int:
         """Load the state that `resume` names without training, to evaluate or export what a run has learned.
@@ -367,7 +376,8 @@ class Trainer:
         except (RuntimeError, KeyError) as error:
             raise DrivetrainError(f"the saved weights do not fit the model: {error}") from error
         try:
-            ctx.strategy.load_optimizer_state(ctx.model, ctx.optimizer, saved["optimizer"])
+            with ctx.optimizer.register_load_state_dict_pre_hook(_keep_kernels):
+                ctx.strategy.load_optimizer_state(ctx.model, ctx.optimizer, saved["optimizer"])
         except (ValueError, KeyError) as error:
             raise DrivetrainError(f"the saved optimizer state does not fit {type(ctx.optimizer).__name__}: {error}") from error
         if any(change.key.startswith("optimizer") and change.verdict == "refuse" for change in changes):
@@ -386,6 +396,10 @@ class Trainer:
         ctx, metrics = self.ctx, saved["metrics"]
         for name in _COUNTERS:
             setattr(ctx, name, saved[name])
+        if (
+            ctx.strategy.world_size > 1
+        ):  # ranks whose microbatches have unequal sizes could end up with unequal numbers of parts
+            ctx.microbatch_parts = 1
         ctx.seconds, ctx.agreed_seconds = saved["seconds"] - (self.elapsed - ctx.seconds), saved["seconds"]
         ctx.last_logged, ctx.eval_metrics = dict(metrics["logged"]), dict(metrics["eval"])
         self._run.evaluated_at = saved["evaluated_at"]
@@ -447,7 +461,7 @@ class Trainer:
 
     def _start(self) -> None:
         ctx, run = self.ctx, self._run
-        run.loop.is_whole = False
+        run.loop.begin()
         if self._rng is not None:  # a second sitting in this process
             set_random_state(self._rng, ctx.device)
         else:
@@ -517,6 +531,17 @@ def _close(steps: weakref.ref[Generator[Step, None, None]]) -> None:
     """End a run whose loop was left, while the interpreter is whole."""
     if (running := steps()) is not None:
         running.close()
+
+
+def _keep_kernels(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved optimizer's state with this one's choice of kernels: what was right on that machine may be wrong on this one.
+
+    Put in before it is loaded, since torch keeps the count of steps where they need it.
+    """
+    groups = [dict(group) for group in saved["param_groups"]]
+    for group, mine in zip(groups, optimizer.param_groups, strict=False):  # torch says it if their number is another
+        group |= {name: mine[name] for name in _KERNELS if name in group and name in mine}
+    return {**saved, "param_groups": groups}
 
 
 @contextmanager

@@ -73,6 +73,21 @@ def test_opening_in_the_middle_gives_the_rest() -> None:
                 assert torch.equal(flat(epoch_of(data, 1, start, accumulation=2)), flat(whole[start:]))
 
 
+def test_tensors_on_a_device_are_indexed_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA refuses indices on the host; the meta device, which stands in for it, does not."""
+    original = torch.Tensor.index_select
+
+    def strict(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        assert tensor.device == index.device
+        return original(tensor, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", strict)
+    data = TensorDataset(torch.ones(8, 3, device="meta"), torch.arange(8.0))
+    batches = [batch for window in make_source(data, Split(4)).open(0) for batch in window.batches]
+    assert [(x.device.type, x.shape, y.device.type) for x, y in batches] == [("meta", (4, 3), "cpu")] * 2
+    assert sorted(torch.cat([y for _, y in batches]).tolist()) == list(range(8))
+
+
 def test_every_sample_once_and_another_order_in_each_epoch() -> None:
     data = TensorDataset(torch.arange(23))
     orders = [torch.cat([batch[0] for (batch,) in epoch_of(data, epoch)]) for epoch in range(3)]

@@ -185,6 +185,27 @@ def test_teardown_runs_everybody() -> None:
     assert len(caught.value.exceptions) == len(heard) == 2
 
 
+@pytest.mark.parametrize("also", ["", "an error"])
+def test_teardown_runs_everybody_though_one_is_interrupted(also: str) -> None:
+    heard: list[str] = []
+
+    class Slow(Callback):
+        def on_run_end(self, ctx: Any) -> None:
+            raise KeyboardInterrupt
+
+    class Tidy(Callback):
+        def on_run_end(self, ctx: Any) -> None:
+            heard.append("tidy")
+            if also:
+                raise ValueError(also)
+
+    event = bind(RunPluginManager(named(Slow(), Tidy())), "on_run_end")
+    assert event is not None
+    with pytest.raises(KeyboardInterrupt) as caught:
+        event(None)
+    assert heard == ["tidy"] and str(caught.value.__cause__ or "") == also
+
+
 def test_specifications_are_documented_and_take_ctx() -> None:
     import inspect
 

@@ -6,12 +6,13 @@ import copy
 import cProfile
 import errno
 import math
+import multiprocessing
 import pstats
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from drivetrain import (
     DrivetrainError,
     Loss,
     ModelError,
+    Precision,
     Strategy,
     Trainer,
     TrainingConfig,
     at_hand,
+    rng,
 )
 from drivetrain.data import Split, make_source
 
@@ -211,6 +214,53 @@ def test_a_window_without_any_target_leaves_the_weights_alone() -> None:
         assert torch.equal(weights(model), before)
 
 
+class Weighted(nn.Module):
+    """Squared errors with a weight of each sample, of any type."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, weight: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.dtype, self.weight = nn.Linear(4, 1), dtype, nn.Parameter(torch.tensor(weight))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Loss:
+        count = (self.weight * len(x)).to(self.dtype)
+        return Loss((self.weight.detach() * (self.head(x) - y).square()).sum(), count)
+
+
+def rows(n: int) -> list[dict[str, torch.Tensor]]:
+    return [{"x": x, "y": y} for x, y in regression(n)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_evaluation_adds_weights_up_exactly_whatever_their_type(dtype: torch.dtype) -> None:
+    """In bf16 nothing can be added to 256."""
+    expected, found = (
+        Trainer(
+            model := Weighted(kind), config(), rows(8), rows(2600), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)
+        ).evaluate()
+        for kind in (torch.float32, dtype)
+    )
+    assert found == expected
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+def test_a_step_of_no_weight_leaves_the_weights_alone_whatever_its_type(dtype: torch.dtype, accumulation: int) -> None:
+    model = Weighted(dtype, weight=0.0)
+    before, cfg = weights(model).clone(), config(max_duration="1st", gradient_accumulation_steps=accumulation)
+    Trainer(model, cfg, rows(32), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_no_gradient_goes_through_a_weight(accumulation: int) -> None:
+    model = Weighted()
+    cfg = config(max_duration="2st", gradient_accumulation_steps=accumulation)
+    trainer = Trainer(model, cfg, rows(32), optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.train()
+    assert model.weight.item() == 1.0 and not trainer.ctx.loss_tensor.requires_grad
+
+
 def test_reported_loss_is_the_weighted_mean() -> None:
     data, seen = token_data(8), []
     model = TokenModel()
@@ -330,6 +380,79 @@ def test_leaving_the_loop_ends_the_run_in_good_order_and_it_can_go_on() -> None:
     assert torch.equal(weights(trainer.model), weights(whole.model))
 
 
+class FailsOnce(Callback):
+    """Raises in the second step, once, in the second microbatch or when its gradients have been clipped."""
+
+    def __init__(self, event: str) -> None:
+        self.event, self.failed = event, False
+
+    def on_gradients(self, ctx: CallbackContext) -> None:
+        if self.event == "veto" and ctx.step == 1 and not self.failed:
+            ctx.veto = True
+
+    def on_loss(self, ctx: CallbackContext) -> None:
+        self._fail(ctx, self.event == "loss" and ctx.microbatch == 1)
+
+    def on_clipped(self, ctx: CallbackContext) -> None:
+        self._fail(ctx, self.event in ("clipped", "veto"))
+
+    def _fail(self, ctx: CallbackContext, here: bool) -> None:
+        if here and ctx.step == 1 and not self.failed:
+            self.failed = True
+            raise ValueError("once")
+
+
+class Scaled(Precision):
+    """Scales losses by a GradScaler, which insists on its order of calls."""
+
+    scales = True
+
+    def __init__(self) -> None:
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return self.scaler.scale(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.unscale_(optimizer)
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return True
+
+    def skip(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        self.scaler.load_state_dict(dict(saved))
+
+
+@pytest.mark.parametrize("precision", [Precision, Scaled])
+@pytest.mark.parametrize("event", ["", "loss", "clipped", "veto"])
+def test_a_step_that_was_broken_off_leaves_nothing_to_the_next_sitting(event: str, precision: type[Precision]) -> None:
+    """Neither gradients, those that were there before the first sitting included, nor a veto, nor a scaler in the middle of a step."""
+
+    def run(event: str, before: float) -> tuple[torch.Tensor, Any]:
+        model = mlp()
+        if before:
+            (model(torch.ones(2, 4)) * before).sum().backward()
+        cfg = config(max_duration="6st", per_device_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=False)
+        options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "precision": precision()}
+        trainer = Trainer(model, cfg, regression(), callbacks=[FailsOnce(event)], **options)
+        if event:
+            with pytest.raises(ValueError, match="once"):
+                trainer.train()
+        trainer.train()
+        return weights(model), trainer.ctx.precision.state_dict()
+
+    (expected, scale), (found, found_scale) = run("", 0.0), run(event, 100.0)
+    assert torch.equal(found, expected) and found_scale == scale
+
+
 def test_the_callers_random_state_is_left_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     torch.manual_seed(7)
@@ -402,6 +525,78 @@ def test_durations_end_the_run(length: str, expected: int) -> None:
     output = Trainer(model, cfg, regression(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1)).train()
     assert output.steps == expected
     assert output.stop_reason == f"max_duration {cfg.max_duration} reached"
+
+
+class Skips(Precision):
+    """Some windows make no step, as if their gradients had overflowed."""
+
+    scales = True
+
+    def __init__(self, windows: set[int]) -> None:
+        self.windows, self.done = windows, 0
+
+    def step(self, optimizer: torch.optim.Optimizer) -> bool:
+        self.done += 1
+        return self.done - 1 not in self.windows and super().step(optimizer)
+
+
+class Periodic(Callback):
+    """Remembers when it is called, in passes."""
+
+    def __init__(self, every: str, left_out: set[tuple[int, int]]) -> None:
+        self.every, self.leave, self.at = every, left_out, []
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        ctx.left_out |= self.leave
+
+    def on_every(self, ctx: CallbackContext) -> None:
+        self.at.append(round(ctx.position_in("ep"), 6))
+
+
+def test_a_plateau_scheduler_follows_planned_evaluations_and_no_others() -> None:
+    """Whatever a caller's own loop evaluates: a test set must not change the training."""
+
+    def rates(asked: bool, eval_interval: str) -> list[float]:
+        model, found = mlp(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, patience=0, factor=0.5, threshold=1e9, threshold_mode="abs"
+        )
+        cfg = config(max_duration="6st", eval_interval=eval_interval)
+        trainer = Trainer(model, cfg, regression(), regression(8), loss=nn.MSELoss(), optimizer=optimizer, scheduler=plateau)
+        for step in trainer.steps():
+            if asked and step.number % 2:
+                trainer.evaluate(regression(12))
+                trainer.evaluate()
+            found.append(optimizer.param_groups[0]["lr"])
+        return found
+
+    assert rates(True, "2st") == rates(False, "2st") == [1.0, 1.0, 1.0, 0.5, 0.5, 0.25]
+    assert rates(True, "100st") == [1.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [("1ep", [1, 2, 3]), ("0.5ep", [0.6, 1, 1.6, 2, 2.6, 3]), ("100%", [3]), ("2st", None)]
+)
+@pytest.mark.parametrize("skipped", [set(), {0}, {4}, {3, 4, 14}, {9, 14}, set(range(5, 13))])
+@pytest.mark.parametrize("how", ["overflow", "left out"])
+def test_passes_are_over_when_their_data_is_whatever_was_skipped(
+    every: str, expected: list[float] | None, skipped: set[int], how: str
+) -> None:
+    """Five windows in each. With windows left out there may be no step at which something is due: then it is at the next one."""
+    callback = Periodic(every, {divmod(index, 5) for index in skipped if how == "left out"})
+    model = mlp()
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [callback]}
+    precision = Skips(skipped if how == "overflow" else set())
+    trainer = Trainer(model, config(max_duration="3ep", per_device_batch_size=4), regression(), precision=precision, **options)
+    trainer.train()
+    assert trainer.ctx.step == 15 - len(skipped)
+    if expected is None:
+        assert len(callback.at) == trainer.ctx.step // 2
+    elif how == "overflow" or not skipped & {2, 7, 12, 5}:
+        assert callback.at == expected
+    else:
+        assert {1.0, 2.0, 3.0} & set(expected) <= set(callback.at)
 
 
 def test_tokens_and_wall_time_end_the_run() -> None:
@@ -511,6 +706,28 @@ def test_ordinary_steps_read_nothing_from_the_device(monkeypatch: pytest.MonkeyP
     trainer.train()
     assert {step for step in reads if step not in (6, 12)} <= {0}  # the logging steps, and opening the first epoch
     assert {6, 12} <= set(reads), "the spy must see the reads of logging steps"
+
+
+class LogsTwoDevices(Callback):
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        ctx.log({"here": torch.tensor(float(ctx.step)), "there": torch.ones((), device="meta")})
+
+
+def test_values_of_several_devices_can_be_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a tensor on the host in a run on a GPU. The meta device stands in for one: what is read from it is 7."""
+    original = torch.stack
+
+    def stack(tensors: Sequence[torch.Tensor], *args: Any) -> torch.Tensor:
+        assert len({tensor.device for tensor in tensors}) == 1
+        return torch.full((len(tensors),), 7.0) if tensors[0].device.type == "meta" else original(tensors, *args)
+
+    monkeypatch.setattr(torch, "stack", stack)
+    model = mlp()
+    options = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [LogsTwoDevices()]}
+    trainer = Trainer(model, config(max_duration="3st"), regression(), loss=nn.MSELoss(), **options)
+    trainer.train()
+    metrics = trainer.ctx.last_logged
+    assert (metrics["here"], metrics["there"]) == (3.0, 7.0) and math.isfinite(metrics["train/loss"])
 
 
 def test_plugin_errors_name_the_plugin_and_the_event() -> None:
@@ -692,6 +909,80 @@ def test_evaluation_weighs_every_sample_once_and_disturbs_nothing() -> None:
     assert found["eval/loss"] == pytest.approx((outputs - data.tensors[1]).square().mean().item(), rel=1e-6)
     assert found["eval/mae"] == pytest.approx((outputs - data.tensors[1]).abs().mean().item(), rel=1e-6)
     assert found["eval/big"] == pytest.approx((data.tensors[1] > 0).double().mean().item())
+
+
+def test_evaluation_puts_the_devices_random_state_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that stands in for one with a generator of its own: a model may sample in eval mode."""
+    generator = {"state": 7}
+
+    class Device:
+        @staticmethod
+        def get_rng_state(device: torch.device) -> int:
+            return generator["state"]
+
+        @staticmethod
+        def set_rng_state(state: int, device: torch.device) -> None:
+            generator["state"] = state
+
+    class Samples(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            generator["state"] += 1
+            return super().forward(x)
+
+    monkeypatch.setattr(rng, "_device_module", lambda device: Device)
+    model = Samples(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(model, config(), regression(), regression(), loss=nn.MSELoss(), optimizer=optimizer)
+    monkeypatch.setattr(trainer.ctx, "device", torch.device("meta"))
+    trainer.evaluate()
+    assert generator == {"state": 7}
+
+
+class Half(Precision):
+    """Autocast, with one context that is entered again for every microbatch."""
+
+    def __init__(self) -> None:
+        self.context = torch.autocast("cpu", torch.bfloat16)
+
+    def forward(self) -> Any:
+        return self.context
+
+
+class EvaluatesInForward(Callback):
+    def on_forward(self, ctx: CallbackContext) -> None:
+        if ctx.model.training:
+            ctx.trainer.evaluate()
+
+
+def test_an_evaluation_in_the_middle_of_a_forward_does_not_leave_autocast_on() -> None:
+    model = mlp()
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "precision": Half()}
+    trainer = Trainer(
+        model, config(max_duration="2st"), regression(), regression(), callbacks=[EvaluatesInForward()], **options
+    )
+    trainer.train()
+    assert not torch.is_autocast_enabled("cpu")
+
+
+class InWorkers(Callback):
+    """Evaluates on data of its own in the loop; remembers how many worker processes there are before and afterwards."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        before = len(multiprocessing.active_children())
+        ctx.trainer.evaluate(list(regression(8)))
+        self.counts = before, len(multiprocessing.active_children())
+
+
+def test_an_evaluation_leaves_no_worker_process_behind() -> None:
+    model, callback = mlp(), InWorkers()
+    cfg = config(max_duration="1st", dataloader={"num_workers": 1})
+    options = {"loss": nn.MSELoss(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "callbacks": [callback]}
+    trainer = Trainer(model, cfg, regression(), regression(8), **options)
+    trainer.train()
+    assert callback.counts == (1, 1), "the training's own goes on"
+    for data in (list(regression(8)), None, iter(regression(8))):
+        trainer.evaluate(data)
+        assert multiprocessing.active_children() == []
 
 
 def test_evaluating_never_changes_training() -> None:

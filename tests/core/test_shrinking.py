@@ -48,7 +48,7 @@ def weighted(outputs: Tensor, targets: Tensor) -> Loss:
     return Loss((weight * (outputs - targets).square()).sum(), weight.sum())
 
 
-def trained(model: nn.Module, steps: int = 8, loss: Any = mean, **given: Any) -> Trainer:
+def trained(model: nn.Module, steps: int = 8, loss: Any = mean, data: Any = DATA, **given: Any) -> Trainer:
     config = {
         "max_duration": f"{steps}st",
         "per_device_batch_size": 8,
@@ -56,7 +56,7 @@ def trained(model: nn.Module, steps: int = 8, loss: Any = mean, **given: Any) ->
         "device": "cpu",
     }
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    trainer = Trainer(model, TrainingConfig(**{**config, **given}), DATA, loss=loss, optimizer=optimizer, precision=Precision())
+    trainer = Trainer(model, TrainingConfig(**{**config, **given}), data, loss=loss, optimizer=optimizer, precision=Precision())
     trainer.train()
     return trainer
 
@@ -93,6 +93,19 @@ def test_halving_goes_on_until_it_fits_with_unequal_halves() -> None:
     assert [text.partition(" microbatches of ")[2].partition(" samples")[0] for text in told] == ["4 or 3", "2 or 1"]
     assert set(small.sizes) == {1, 2}
     trained(large, per_device_batch_size=7, max_grad_norm=False)
+    torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [41, 42])
+def test_a_step_with_a_microbatch_of_few_samples_is_divided_as_any_other(samples: int) -> None:
+    """An epoch's last one: 8, 8 and 1. What fitted in the first step is not halved once more for it."""
+    small, large = Hungry(room=4), Hungry(room=99)
+    data = TensorDataset(*(tensor[:samples] for tensor in DATA.tensors))
+    given = {"gradient_accumulation_steps": 3, "data": data, "steps": 4, "max_grad_norm": False}
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        trainer = trained(small, **given)
+    trained(large, **given)
+    assert trainer.ctx.microbatch_parts == 2 and max(small.sizes) == 4
     torch.testing.assert_close(weights(small), weights(large), rtol=1e-5, atol=1e-6)
 
 
@@ -157,13 +170,14 @@ def test_other_errors_pass() -> None:
     assert not hasattr(failure.value, "__notes__")
 
 
+class Two(Strategy):
+    world_size = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
 def test_one_of_several_ranks_cannot_go_on_alone() -> None:
-    class Two(Strategy):
-        world_size = 2
-
-        def gather(self, value: Any) -> list[Any]:
-            return [value, value]
-
     model = Hungry(room=4)
     config = TrainingConfig(max_duration="2st", per_device_batch_size=8, standard_callbacks=False, device="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -171,6 +185,24 @@ def test_one_of_several_ranks_cannot_go_on_alone() -> None:
         Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=Two(), precision=Precision()).train()
     note = "".join(failure.value.__notes__)
     assert "Lower per_device_batch_size from 8 to 4 and double gradient_accumulation_steps" in note
+
+
+def test_several_ranks_take_no_smaller_microbatches_over() -> None:
+    """Of a round that is not full one has 3 samples and one 2: divided by 4 they would go on in 3 and 2 microbatches."""
+    with pytest.warns(UserWarning, match="ran out of memory"):
+        saved = copy.deepcopy(trained(Hungry(room=4), steps=1).state_dict())
+    assert saved["progress"]["microbatch_parts"] == 2
+    for strategy, parts in ((Strategy(), 2), (Two(), 1)):
+        model = Hungry(room=4)
+        config = TrainingConfig(
+            max_duration="8st", per_device_batch_size=8, standard_callbacks=False, device="cpu", resume_changed="allow"
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        trainer = Trainer(model, config, DATA, loss=mean, optimizer=optimizer, strategy=strategy, precision=Precision())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.load_state_dict(saved)
+        assert trainer.ctx.microbatch_parts == parts
 
 
 def test_batches_of_any_form_are_divided_by_samples() -> None:
@@ -189,4 +221,6 @@ def test_batches_of_any_form_are_divided_by_samples() -> None:
     assert all(part["one"] == 3 for part in found.batches)
     stand_in = divided(Window([rows], [0], 5), 5)
     assert stand_in is not None and stand_in.counts == [0] * 5 and [len(part) for part in stand_in.batches] == [1] * 5
-    assert divided(Window([rows], [5], 5), 6) is None
+    single = divided(Window([rows, rows[:1]], [5, 1], 6), 6)
+    assert single is not None and [len(part) for part in single.batches] == single.counts == [1] * 6 and single.total == 6
+    assert divided(single, 2) is None

@@ -49,7 +49,7 @@ class Noisy:
         return torch.full((4,), index / 22) + torch.rand(4), torch.tensor([float(index)]) / 22
 
 
-def trainer(callback: Callback, data: Any = None, **given: Any) -> Trainer:
+def trainer(callback: Callback, data: Any = None, fused: bool | None = None, **given: Any) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
     config = TrainingConfig(**{"max_duration": "3ep", "per_device_batch_size": 4, "standard_callbacks": False} | given)
@@ -59,7 +59,7 @@ def trainer(callback: Callback, data: Any = None, **given: Any) -> Trainer:
         config,
         Noisy() if data is None else data,
         loss=nn.MSELoss(),
-        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2),
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused),
         scheduler=lambda s: 1 / (1 + s),
         callbacks=[callback],
     )
@@ -107,6 +107,19 @@ def test_going_on_is_bit_equal_with_a_loader_of_the_users(at: int) -> None:
 def test_negative_control_without_any_one_part_it_is_not(part: str) -> None:
     whole, rest = resumed(3, drop=part)
     assert not torch.equal(whole, rest)
+
+
+@pytest.mark.parametrize(("saved", "here"), [(True, None), (None, True), (True, False)])
+def test_kernels_are_this_runs_not_those_of_the_machine_where_it_was_saved(saved: bool | None, here: bool | None) -> None:
+    keep = Keep(at=3)
+    trainer(keep, fused=here).train()
+    expected = trainer(Restore(at=-1, saved=copy.deepcopy(keep.kept)), fused=here)
+    expected.train()
+    keep.kept["optimizer"]["param_groups"][0]["fused"] = saved
+    found = trainer(Restore(at=-1, saved=keep.kept), fused=here)
+    found.train()
+    assert found.ctx.optimizer.param_groups[0]["fused"] is here
+    assert torch.equal(weights(found), weights(expected))
 
 
 def test_a_state_that_does_not_fit_is_refused() -> None:

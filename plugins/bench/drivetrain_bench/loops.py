@@ -50,23 +50,26 @@ def by_hand(made: Trainer) -> Iterator[Any]:
     autocast = precision.forward() or nullcontext()
     ctx.model.train()
     step = 0
-    for epoch in range(LONGER):
-        for window in source.open(epoch):
-            if schedule is not None:
-                _set_rate(optimizer, schedule(ctx.position_in(ctx.run_unit) if ctx.run_unit != "st" else step))
-            for batch in window.batches:
-                with autocast:
-                    found = ctx.loss_of(batch if ctx.device.type == "cpu" else move(batch))
-                loss = found.mean() if isinstance(found, Loss) else found
-                precision.scale(loss / len(window.batches) if len(window.batches) > 1 else loss).backward()
-            precision.unscale(optimizer)
-            if max_norm:
-                nn.utils.clip_grad_norm_(parameters, max_norm)
-            precision.step(optimizer)
-            for parameter in parameters:
-                parameter.grad = None
-            step += 1
-            yield loss.detach()
+    try:
+        for epoch in range(LONGER):
+            for window in source.open(epoch):
+                if schedule is not None:
+                    _set_rate(optimizer, schedule(ctx.position_in(ctx.run_unit) if ctx.run_unit != "st" else step))
+                for batch in window.batches:
+                    with autocast:
+                        found = ctx.loss_of(batch if ctx.device.type == "cpu" else move(batch))
+                    loss = found.mean() if isinstance(found, Loss) else found
+                    precision.scale(loss / len(window.batches) if len(window.batches) > 1 else loss).backward()
+                precision.unscale(optimizer)
+                if max_norm:
+                    nn.utils.clip_grad_norm_(parameters, max_norm)
+                precision.step(optimizer)
+                for parameter in parameters:
+                    parameter.grad = None
+                step += 1
+                yield loss.detach()
+    finally:
+        source.close()  # nothing else ends its worker processes before the end of the process
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:

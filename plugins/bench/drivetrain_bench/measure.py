@@ -160,21 +160,23 @@ def _started(name: str, made: Trainer) -> Turns:
 
 def _take_turns(running: Mapping[str, Turns], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
     """The speeds, and the losses of as many steps of each; ends the trainings."""
-    names = list(running)
-    for index in range(turns + 1):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            running[name].take(steps)
-    per_step = {name: _per_step(turn.made, name) for name, turn in running.items()}
-    for turn in running.values():
-        del turn.seconds[0]
-    engines = {name: turn for name, turn in running.items() if name != RAW}
-    losses = {name: float(turn.made.ctx.loss_tensor or 0.0) for name, turn in engines.items()}
-    example = next(iter(engines))
-    speeds = {name: turn.speed(per_step[example if name == RAW else name]) for name, turn in running.items()}
-    for turn in running.values():
-        turn.steps.close()  # type: ignore[attr-defined]
-    gc.collect()
-    return speeds, losses
+    try:
+        names = list(running)
+        for index in range(turns + 1):
+            for name in names[index % len(names) :] + names[: index % len(names)]:
+                running[name].take(steps)
+        per_step = {name: _per_step(turn.made, name) for name, turn in running.items()}
+        for turn in running.values():
+            del turn.seconds[0]
+        engines = {name: turn for name, turn in running.items() if name != RAW}
+        losses = {name: float(turn.made.ctx.loss_tensor or 0.0) for name, turn in engines.items()}
+        example = next(iter(engines))
+        speeds = {name: turn.speed(per_step[example if name == RAW else name]) for name, turn in running.items()}
+        return speeds, losses
+    finally:
+        for turn in running.values():
+            turn.steps.close()  # type: ignore[attr-defined]
+        gc.collect()
 
 
 def _per_step(made: Trainer, name: str) -> tuple[float, float]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -113,6 +114,12 @@ def test_callbacks_take_part_in_one_of_three_and_are_quiet(capsys: pytest.Captur
     assert Chatty.seen[:7] == list(range(1, 8)), "the first step, a turn to warm up and one that counts"
     assert Chatty.seen[7:] in ([], [1, 2, 3]), "once more for where the time goes, with drivetrain-goodput"
     assert "chatty" not in capsys.readouterr().out
+
+
+def test_no_worker_process_outlives_a_bench() -> None:
+    before = multiprocessing.active_children()
+    bench(config(dataloader={"num_workers": 1}), steps=1, turns=1, advice=False)
+    assert multiprocessing.active_children() == before
 
 
 def test_a_change_that_does_not_run_is_said_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
