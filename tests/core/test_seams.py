@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from drivetrain import Callback, Precision, Trainer, TrainingConfig, at_hand, component, hook
 
 
-def trainer(folder: Path, *callbacks: Any, fused: bool = False, **options: Any) -> Trainer:
+def trainer(folder: Path, *callbacks: Any, fused: bool = False, optimizer: Any = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
     data = [(torch.randn(2), torch.randn(1)) for _ in range(24)]
@@ -25,8 +26,8 @@ def trainer(folder: Path, *callbacks: Any, fused: bool = False, **options: Any) 
         "device": "cpu",
     }
     config = TrainingConfig(**{**given, "output_dir": folder, **options})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
-    return Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=callbacks, precision=Precision())
+    made = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused) if optimizer is None else optimizer(model.parameters())
+    return Trainer(model, config, data, loss=nn.MSELoss(), optimizer=made, callbacks=callbacks, precision=Precision())
 
 
 def weights(ctx: Any) -> Tensor:
@@ -132,6 +133,66 @@ def test_a_rehearsal_leaves_no_trace(tmp_path: Path) -> None:
 
     run, alone = trainer(tmp_path, Rehearse()), trainer(tmp_path)
     assert run.train().losses == alone.train().losses
+
+
+@dataclass
+class _Record:
+    updates: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+
+class _Inner(torch.optim.Optimizer):
+    """Two optimizers behind one, whose state is theirs; it counts its steps itself, once more in a record, and draws numbers."""
+
+    def __init__(self, parameters: Any) -> None:
+        first, *others = list(parameters)
+        self.parts = [torch.optim.AdamW([first], lr=0.1), torch.optim.SGD(others, lr=0.1, momentum=0.9)]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.updates, self.record, self.generator = 0, [_Record()], torch.Generator()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.updates += 1
+        self.record[0].updates += 1.0
+        for group in self.param_groups:
+            group["lr"] = 0.1 * float(torch.rand((), generator=self.generator)) / self.updates / float(self.record[0].updates)
+        for part in self.parts:
+            part.step()
+        for part in self.parts:
+            self.state.update(part.state)
+
+
+def test_a_rehearsal_puts_back_an_optimizer_that_keeps_its_state_elsewhere(tmp_path: Path) -> None:
+    def run(rehearses: bool) -> Trainer:
+        @component
+        class Rehearse(Callback):
+            def on_run_start(self, ctx: Any) -> None:
+                for _ in range(2 * rehearses):
+                    with ctx.rehearsal() as step:
+                        step(), step()
+
+        made = trainer(tmp_path, Rehearse(), optimizer=_Inner)
+        made.train()
+        made.train()
+        return made
+
+    assert torch.equal(weights(run(True).ctx), weights(run(False).ctx))
+
+
+def test_a_rehearsal_puts_back_a_learning_rate_that_is_a_tensor(tmp_path: Path) -> None:
+    rate = torch.tensor(0.1)
+
+    @component
+    class Rehearse(Callback):
+        def on_run_start(self, ctx: Any) -> None:
+            with ctx.rehearsal() as step:
+                ctx.optimizer.param_groups[0]["lr"].fill_(7.0)
+                step()
+
+    run = trainer(tmp_path, Rehearse(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=rate), scheduler=None)
+    run.train()
+    assert run.ctx.optimizer.param_groups[0]["lr"] is rate, "whoever holds it goes on steering the optimizer"
+    assert float(rate) == pytest.approx(0.1)
 
 
 def test_a_wrapper_stands_between_the_loop_and_every_listener(tmp_path: Path) -> None:
