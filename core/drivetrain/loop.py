@@ -395,6 +395,14 @@ class Loop:
             return True
         return precision.step(optimizer)
 
+    def break_off(self) -> None:
+        """Drop what a step that failed has left: a run may go on after it."""
+        ctx = self.ctx
+        for parameter in self.parameters:
+            parameter.grad = None
+        ctx.veto = self._tokens = None
+        ctx.precision.break_off(ctx.optimizer)
+
     def _set_learning_rate(self, factor: float) -> None:
         for group in self.ctx.optimizer.param_groups:
             value = group["initial_lr"] * factor

@@ -42,8 +42,7 @@ def rehearsal(ctx: CallbackContext, loop: Loop, source: Source) -> Iterator[Call
         yield step
     finally:
         loop.events = events
-        for parameter in loop.parameters:
-            parameter.grad = None
+        loop.break_off()
         put_back()
 
 

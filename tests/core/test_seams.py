@@ -195,6 +195,32 @@ def test_a_rehearsal_puts_back_a_learning_rate_that_is_a_tensor(tmp_path: Path) 
     assert float(rate) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("event", ["on_gradients", "on_clipped"])
+def test_a_run_that_goes_on_after_a_failed_step_has_nothing_left_of_it(tmp_path: Path, event: str) -> None:
+    """Neither its gradients nor its veto."""
+
+    @component
+    class Fail(Callback):
+        done: bool
+
+        def _once(self, ctx: Any) -> None:
+            if ctx.step == 2 and not self.done:
+                self.done, ctx.veto = True, True
+                raise ValueError("on purpose")
+
+    setattr(Fail, event, Fail._once)
+    failing, alone = trainer(tmp_path, Fail(done=False)), trainer(tmp_path, Fail(done=True))
+    random: list[Any] = []
+    with pytest.raises(ValueError, match="on purpose"):
+        for step in failing.steps():
+            if step.number == 2:
+                random = [copy.deepcopy(failing.state_dict()["rng"])]
+    failing.load_state_dict({**failing.state_dict(), "rng": random[0]})  # dropout has drawn in the step that failed
+    failing.train()
+    alone.train()
+    assert torch.equal(weights(failing.ctx), weights(alone.ctx))
+
+
 def test_a_wrapper_stands_between_the_loop_and_every_listener(tmp_path: Path) -> None:
     calls: list[tuple[str, str]] = []
 

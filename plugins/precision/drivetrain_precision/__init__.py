@@ -159,11 +159,6 @@ class Bf16True(Component):
             raise ConfigError([Problem("precision", message)])
         self._made.attach(ctx.optimizer)
 
-    @hook(tryfirst=True)
-    def on_exception(self, ctx: CallbackContext) -> None:
-        """Leave the weights as they are between steps, wherever the step broke off."""
-        self._made.split()
-
 
 def _accumulates(ctx: CallbackContext) -> bool:
     """Whether a step has several microbatches."""

@@ -27,7 +27,7 @@ class Bucket:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
+        self.parameters, self.is_joined = parameters, True
         starts, end = [], 0
         for parameter in parameters:
             starts.append(end)
@@ -60,15 +60,18 @@ class Bucket:
         bits = self._bits.clone()
         bits.masked_fill_(self._bits.view(torch.float32).isnan(), _NAN)  # NVIDIA's own, 0x7FFFFFFF, would round to -0.0
         high = (bits + 0x8000) >> 16
-        self._high.copy_(high)
-        self._low.copy_(bits.sub_(high << 16))
+        low = bits.sub_(high << 16)
+        self._high.copy_(high)  # from here on no memory is needed: what has run out of it before has changed nothing
+        self._low.copy_(low)
         self.swap()
+        self.is_joined = False
 
     def join(self) -> None:
         """Make the parameters, and the gradients they have, float32."""
         bits = (self._high.int() << 16).add_(self._low)
         self._bits.copy_(bits)
         self.swap()
+        self.is_joined = True
         for parameter, rounded in zip(self.parameters, self._others, strict=True):
             gradient, rounded.grad = rounded.grad, None
             parameter.grad = None if gradient is None else gradient.float()
@@ -89,7 +92,7 @@ class SplitPrecision(AutocastPrecision):
         self._full_gradients = full_gradients
         self._buckets: list[Bucket] = []
         self._remainders: dict[str, Tensor] = {}
-        self._joined = self._attached = False
+        self._attached = False
 
     def cast(self, model: nn.Module) -> nn.Module:
         """Split the trainable float32 matrices; round the frozen ones."""
@@ -127,17 +130,15 @@ class SplitPrecision(AutocastPrecision):
 
     def join(self) -> None:
         """Make the parameters float32, if they are not."""
-        if not self._joined:
-            for bucket in self._buckets:
+        for bucket in self._buckets:
+            if not bucket.is_joined:
                 bucket.join()
-            self._joined = True
 
     def split(self) -> None:
         """Make the parameters bfloat16, if they are not."""
-        if self._joined:
-            for bucket in self._buckets:
+        for bucket in self._buckets:
+            if bucket.is_joined:
                 bucket.split()
-            self._joined = False
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Hand the exact weights to whoever comes before the optimizer."""
@@ -151,6 +152,10 @@ class SplitPrecision(AutocastPrecision):
 
     def skip(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the weights as they are."""
+        self.split()
+
+    def break_off(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the weights as they are, wherever the step broke off."""
         self.split()
 
     def state_dict(self) -> dict[str, Any]:

@@ -372,6 +372,31 @@ def test_a_step_that_breaks_off_leaves_the_weights_as_between_steps() -> None:
     assert {p.dtype for p in made.model.parameters() if p.ndim == 2} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("way", ["join", "split"])
+def test_memory_that_runs_out_between_two_buckets_costs_no_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drivetrain_precision.masters._BUCKET", 1)
+    model, precision = make_model(), SplitPrecision(CPU, "", full_gradients=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    precision.cast(model)
+    if way == "split":
+        precision.join()
+    original, calls = getattr(Bucket, way), []
+
+    def second_fails(bucket: Bucket) -> None:
+        calls.append(bucket)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("on purpose")
+        original(bucket)
+
+    monkeypatch.setattr(Bucket, way, second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(precision, way)()
+    precision.break_off(torch.optim.SGD(model.parameters(), lr=1.0))
+    assert {p.dtype for p in model.parameters() if p.ndim == 2} == {torch.bfloat16}
+    precision.join()
+    assert all(torch.equal(p, wanted) for p, wanted in zip(model.parameters(), before, strict=True))
+
+
 def test_ddp_still_learns_of_the_gradients(tmp_path: Path) -> None:
     """DDP hangs on autograd's nodes of the parameters, which a change of a parameter's type by `.data` would replace."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
