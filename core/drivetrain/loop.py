@@ -182,11 +182,11 @@ class Loop:
         self._tokens = None
         return (thousands * _SPLIT + rest) * strategy.data_ranks // strategy.world_size
 
-    def _sum(self, weight: Tensor) -> Tensor:
+    def _sum(self, weight: Tensor, window: Window) -> Tensor:
         """A step's weight over all ranks, and with it, where the run is measured in tokens, their number."""
         if not self._tokens_matter:
             return self.ctx.strategy.sum(weight)
-        tokens = divmod(sum(map(tokens_in, self.window.batches)), _SPLIT)
+        tokens = divmod(sum(map(tokens_in, window.batches)), _SPLIT)
         found = self.ctx.strategy.sum(torch.stack([weight.float(), *weight.new_tensor(tokens, dtype=torch.float32)]))
         self._tokens = found[1:]
         return found[0]
@@ -260,7 +260,7 @@ class Loop:
             return None
         first = torch.as_tensor(weights[0], device=total.device, dtype=torch.float32)
         weight = torch.as_tensor(sum(weights[1:], start=first))
-        factor = torch.as_tensor(unit * ranks / self._sum(weight).clamp(min=_TINY), device=total.device)
+        factor = torch.as_tensor(unit * ranks / self._sum(weight, window).clamp(min=_TINY), device=total.device)
         ctx.loss_tensor = total * factor
         return factor
 
