@@ -122,11 +122,23 @@ class SplitPrecision(AutocastPrecision):
         return parameter.dtype != torch.bfloat16 or any(parameter is p for b in self._buckets for p in b.parameters)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that `optimizer.load_state_dict` meets float32 parameters: torch casts a loaded state to the type they have then."""
-        if not self._attached:
-            optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self.swap())
-            optimizer.register_load_state_dict_post_hook(lambda optimizer: self.swap())
-            self._attached = True
+        """See that `optimizer.load_state_dict` meets float32 parameters: torch casts a loaded state to the type they have then.
+
+        Its hooks would not do: when it refuses a state, the later one is not called.
+        """
+        if self._attached:
+            return
+        load = optimizer.load_state_dict
+
+        def load_state_dict(state_dict: dict[str, Any]) -> None:
+            self.swap()
+            try:
+                load(state_dict)
+            finally:
+                self.swap()
+
+        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+        self._attached = True
 
     def join(self) -> None:
         """Make the parameters float32, if they are not."""

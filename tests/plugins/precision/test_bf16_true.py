@@ -16,6 +16,7 @@ from drivetrain import (
     Callback,
     CallbackContext,
     ConfigError,
+    DrivetrainError,
     OptimizerComponent,
     PluginError,
     Strategy,
@@ -324,6 +325,17 @@ def test_optimizer_state_is_not_rounded_on_the_way_back() -> None:
     state = second.ctx.optimizer.state[second.model[0].weight]
     assert state["exp_avg"].dtype == torch.float32
     assert second.model[0].weight.dtype == torch.bfloat16
+
+
+def test_a_refused_optimizer_state_changes_no_weight() -> None:
+    made = trainer(make_model(), "bf16_true", steps=3)
+    made.train()
+    before, saved = exact_weights(made), deepcopy(made.state_dict())
+    saved["optimizer"]["param_groups"] = []
+    with pytest.raises(DrivetrainError, match="does not fit AdamW"):
+        made.load_state_dict(saved)
+    assert {p.dtype for p in made.model.parameters() if p.ndim == 2} == {torch.bfloat16}
+    assert same(exact_weights(made), before)
 
 
 def test_a_state_of_another_precision_or_model_is_refused() -> None:
