@@ -138,12 +138,13 @@ class Bf16True(Component):
             ConfigError: when the device, or torch, cannot.
         """
         _must_have_bf16("bf16_true", ctx.device)
-        several = _accumulates(ctx) and ctx.strategy.world_size == 1  # DDP's buckets have the type of the parameters
+        alone = ctx.strategy.world_size == 1  # DDP's buckets have the type of the parameters
+        several = _accumulates(ctx) and alone
         if several and not hasattr(torch.Tensor, "grad_dtype"):
             message = f"bf16_true with several microbatches in a step needs a newer torch than {torch.__version__}. Use bf16."
             raise ConfigError([Problem("precision", message)])
         reason = f"bfloat16 weights with exact remainders, {bf16_support(ctx.device)[1]}"
-        self._made = SplitPrecision(ctx.device, reason, full_gradients=several)
+        self._made = SplitPrecision(ctx.device, reason, full_gradients=several, may_widen=alone)
         return self._made
 
     @hook(tryfirst=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -87,9 +88,11 @@ class SplitPrecision(AutocastPrecision):
 
     scales = True  # nothing is scaled, but `unscale` and `step` must be called
 
-    def __init__(self, device: torch.device, reason: str, *, full_gradients: bool) -> None:
+    def __init__(self, device: torch.device, reason: str, *, full_gradients: bool, may_widen: bool = False) -> None:
         super().__init__("bf16_true", torch.bfloat16, device, reason)
         self._full_gradients = full_gradients
+        self._may_widen = may_widen and not full_gradients  # once a step has a second microbatch
+        self._in_step = False  # whether a backward has begun since the last update
         self._buckets: list[Bucket] = []
         self._remainders: dict[str, Tensor] = {}
         self._attached = False
@@ -108,9 +111,37 @@ class SplitPrecision(AutocastPrecision):
             bucket.split()
             self._remainders |= {names[p]: r for p, r in zip(bucket.parameters, bucket.remainders, strict=True)}
             if self._full_gradients:
-                for parameter in bucket.parameters:
-                    parameter.grad_dtype = torch.float32
+                _widen(bucket.parameters)
         return model
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss as it is. From a step's second microbatch on gradients are float32, so that their sum is exact, if they may be."""
+        if self._in_step and self._may_widen:
+            self._widen_gradients()
+        self._in_step = True
+        return loss
+
+    def _widen_gradients(self) -> None:
+        """A run may get several microbatches that began with one: a finder divides its steps, or memory has run out.
+
+        The first one's gradients lose nothing: their sum begins here.
+        """
+        parameters = [p for bucket in self._buckets for p in bucket.parameters]
+        gradients = [p.grad for p in parameters]
+        if all(gradient is None for gradient in gradients):  # what came before was given up
+            return
+        self._may_widen = False
+        if not hasattr(Tensor, "grad_dtype"):
+            message = (
+                f"bf16_true: torch {torch.__version__} adds the gradients of a step's microbatches up in bfloat16. Use bf16."
+            )
+            warnings.warn(message, stacklevel=2)
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        _widen(parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.float()
 
     def swap(self) -> None:
         """Let the parameters have the type that they have for the optimizer, or again the one for the model."""
@@ -148,6 +179,7 @@ class SplitPrecision(AutocastPrecision):
 
     def split(self) -> None:
         """Make the parameters bfloat16, if they are not."""
+        self._in_step = False
         for bucket in self._buckets:
             if bucket.is_joined:
                 bucket.split()
@@ -188,6 +220,11 @@ class SplitPrecision(AutocastPrecision):
             )
         for name, remainder in remainders.items():
             self._remainders[name].copy_(remainder)
+
+
+def _widen(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
 
 
 def _in_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

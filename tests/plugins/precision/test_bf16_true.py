@@ -129,15 +129,8 @@ def make_data() -> TensorDataset:
 def trainer(
     model: nn.Module, precision: Any, *callbacks: Callback, optimizer: Any = None, steps: int = 24, **config: Any
 ) -> Trainer:
-    full = TrainingConfig(
-        max_duration=f"{steps}st",
-        per_device_batch_size=8,
-        precision=precision,
-        standard_callbacks=False,
-        dataloader={"shuffle": False},
-        log_interval="1st",
-        **config,
-    )
+    given = {"max_duration": f"{steps}st", "per_device_batch_size": 8, "log_interval": "1st", "dataloader": {"shuffle": False}}
+    full = TrainingConfig(**{**given, "precision": precision, "standard_callbacks": False, **config})
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     return Trainer(model, full, make_data(), loss=nn.functional.mse_loss, optimizer=optimizer, callbacks=callbacks)
 
@@ -277,6 +270,55 @@ def test_it_learns_as_float32_does_where_plain_bfloat16_stops_early() -> None:
     full, exact, plain = last_losses(make_model(), "fp32"), last_losses(make_model(), "bf16_true"), last_losses(Plain(), "fp32")
     assert exact == pytest.approx(full, rel=0.02)
     assert plain > 2.5 * exact
+
+
+class Limited(nn.Module):
+    """Two layers that run out of memory above a number of samples."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers, self.limit = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 1)), limit
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > self.limit:
+            raise torch.OutOfMemoryError("on purpose")
+        return self.layers(inputs)
+
+
+@component
+class Gradients(Callback):
+    """Notes each step's gradients; divides the run's steps at its start if that is asked for."""
+
+    size: int | None = option(default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self.steps: list[list[Tensor]] = []
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        if self.size is not None:
+            ctx.resize(self.size)
+
+    def on_gradients(self, ctx: CallbackContext) -> None:
+        self.steps.append([p.grad.clone() for p in ctx.model.parameters()])
+
+
+@pytest.mark.parametrize("way", ["resized", "out of memory"])
+def test_gradients_add_up_in_float32_when_a_step_is_divided_later(way: str) -> None:
+    def run(limit: int, size: int | None, **config: Any) -> list[list[Tensor]]:
+        seen, model = Gradients(size=size), Limited(limit)
+        full = {"max_grad_norm": None, "steps": 3, **config}
+        trainer(model, "bf16_true", seen, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2), **full).train()
+        return seen.steps
+
+    configured = run(2, None, per_device_batch_size=2, gradient_accumulation_steps=16)
+    if way == "resized":
+        divided = run(2, 2, per_device_batch_size=32)
+    else:
+        with pytest.warns(UserWarning, match="goes on in"):
+            divided = run(2, None, per_device_batch_size=32)
+    assert len(configured) == len(divided) == 3
+    assert all(same(one, other) for one, other in zip(configured, divided, strict=True))
 
 
 # -- going on
