@@ -152,9 +152,12 @@ class Bf16True(Component):
         """See that the optimizer takes its state back in float32: torch gives it the type that the parameters have then.
 
         Raises:
-            ConfigError: when the strategy has put other parameters in the place of the model's.
+            ConfigError: when weights came without a remainder, or the strategy has put other parameters in the place of the model's.
         """
         parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        if name := next((self._made.narrow[p] for p in parameters if p in self._made.narrow), None):
+            message = f"bf16_true keeps what rounding cuts off, and {name!r} is rounded to bfloat16 already. Load the model in float32."
+            raise ConfigError([Problem("precision", message)])
         if not all(self._made.covers(p) for p in parameters):
             message = f"bf16_true does not work with {ctx.strategy.name}, which replaces the model's parameters. Use bf16."
             raise ConfigError([Problem("precision", message)])

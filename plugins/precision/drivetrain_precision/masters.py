@@ -95,6 +95,7 @@ class SplitPrecision(AutocastPrecision):
         self._in_step = False  # whether a backward has begun since the last update
         self._buckets: list[Bucket] = []
         self._remainders: dict[str, Tensor] = {}
+        self.narrow: dict[nn.Parameter, str] = {}  # trainable parameters that were bfloat16 when they came, with their names
         self._attached = False
 
     def cast(self, model: nn.Module) -> nn.Module:
@@ -106,6 +107,8 @@ class SplitPrecision(AutocastPrecision):
                     names[parameter] = name
                 else:
                     parameter.data = parameter.data.bfloat16()
+            elif parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+                self.narrow[parameter] = name
         self._buckets = [Bucket(some) for some in _in_buckets(names)]
         for bucket in self._buckets:
             bucket.split()

@@ -498,6 +498,16 @@ def test_a_strategy_that_replaces_parameters_is_refused_before_the_first_step() 
         make(make_model()).train()
 
 
+@pytest.mark.parametrize("part", ["0", "0.bias"])
+def test_weights_that_are_rounded_already_are_named(part: str) -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if name.startswith(part):
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(ConfigError, match=f"'{part}.*rounded to bfloat16 already. Load the model in float32"):
+        trainer(model, "bf16_true").train()
+
+
 @component
 class MakeSGD(OptimizerComponent):
     """SGD over whatever parameters the wrapped model has."""
