@@ -203,11 +203,11 @@ class Loop:
         self._tokens = None
         return (thousands * _SPLIT + rest) * strategy.data_ranks // strategy.world_size
 
-    def _sum(self, weight: Tensor) -> Tensor:
+    def _sum(self, weight: Tensor, window: Window) -> Tensor:
         """A step's weight over all ranks, and with it, where the run is measured in tokens, their number."""
         if not self._tokens_matter:
             return self.ctx.strategy.sum(weight)
-        tokens = divmod(sum(map(tokens_in, self.window.batches)), _SPLIT)
+        tokens = divmod(sum(map(tokens_in, window.batches)), _SPLIT)
         found = self.ctx.strategy.sum(torch.stack([weight.float(), *weight.new_tensor(tokens, dtype=torch.float32)]))
         self._tokens = found[1:]
         return found[0]
@@ -281,7 +281,7 @@ class Loop:
             return None
         first = torch.as_tensor(weights[0], device=total.device, dtype=torch.float32)
         weight = torch.as_tensor(sum(weights[1:], start=first))
-        factor = torch.as_tensor(unit * ranks / self._sum(weight).clamp(min=_TINY), device=total.device)
+        factor = torch.as_tensor(unit * ranks / self._sum(weight, window).clamp(min=_TINY), device=total.device)
         ctx.loss_tensor = total * factor
         return factor
 
@@ -418,6 +418,14 @@ class Loop:
             return True
         return precision.step(optimizer)
 
+    def break_off(self) -> None:
+        """Drop what a step that failed has left: a run may go on after it."""
+        ctx = self.ctx
+        for parameter in self.parameters:
+            parameter.grad = None
+        ctx.veto = self._tokens = None
+        ctx.precision.break_off(ctx.optimizer)
+
     def _set_learning_rate(self, factor: float) -> None:
         for group in self.ctx.optimizer.param_groups:
             value = group["initial_lr"] * factor
@@ -454,7 +462,7 @@ class Loop:
     def _end_epoch(self, start: tuple[int, int]) -> None:
         ctx = self.ctx
         if ctx.step_in_epoch == 0:
-            raise DataError(_no_batch(ctx.epoch))
+            raise DataError(no_batch(ctx.epoch))
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
@@ -547,7 +555,8 @@ def _at_least_one(weight: Tensor | float) -> Tensor | float:
     return weight.detach().clamp(min=1.0) if isinstance(weight, Tensor) else max(weight, 1.0)
 
 
-def _no_batch(epoch: int) -> str:
+def no_batch(epoch: int) -> str:
+    """What to say of an epoch in which nothing came."""
     if epoch == 0:
         return (
             "train data: the stream gave no batch, so nothing can be trained on. Look at where its samples come from; "

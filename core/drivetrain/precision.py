@@ -14,7 +14,8 @@ class Precision:
     """Full precision: compute in the parameters' own type. Subclasses override what they change.
 
     The loop calls, for each step: `forward` around every forward, `scale` on every loss before its backward, `unscale` once
-    before the gradients are looked at, and `step` in place of `optimizer.step()` (or `skip`).
+    before the gradients are looked at, and `step` in place of `optimizer.step()` (or `skip`). An error may end that at any point:
+    then it calls `break_off`.
     """
 
     name = "fp32"
@@ -47,6 +48,9 @@ class Precision:
 
     def skip(self, optimizer: torch.optim.Optimizer) -> None:
         """Called after `unscale` in place of `step`, for an update that is to change nothing."""
+
+    def break_off(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called when a step has failed, at whatever line: be as between two steps again, and forget what it had begun."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume, such as the loss scale."""

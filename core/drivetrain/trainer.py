@@ -497,7 +497,7 @@ class Trainer:
         ctx.interrupted, ctx.at_end = True, False
         if not run.loop.is_whole:
             ctx.exception = error
-            ctx.optimizer.zero_grad()
+            _quietly(lambda _: run.loop.break_off(), ctx, error)
             _quietly(run.events.exception, ctx, error)
         elif run.events.preempt is not None:
             run.events.preempt(ctx)
@@ -506,6 +506,7 @@ class Trainer:
         """Tell the listeners; what they raise is noted on the original error, which stays the one reported."""
         self.ctx.exception = error
         self.ctx.stop_reason = f"{type(error).__name__}: {error}"
+        _quietly(lambda _: self._run.loop.break_off(), self.ctx, error)
         _quietly(self._run.events.exception, self.ctx, error)
 
     def _end(self, callers_rng: Mapping[str, Any]) -> None:

@@ -102,6 +102,11 @@ def test_one_sample_on_two_ranks_trains_as_on_one(results: list[dict[str, Any]])
     assert torch.allclose(torch.tensor(results[0]["one sample"]["weights"]), model.weight, rtol=1e-6)
 
 
+def test_a_rehearsal_of_a_run_measured_in_tokens_leaves_no_trace(results: list[dict[str, Any]]) -> None:
+    assert results[0]["tokens"]["steps"] == 5
+    assert all(found["tokens after a rehearsal"] == results[0]["tokens"] for found in results)
+
+
 def test_timeouts_are_long_until_the_first_step(results: list[dict[str, Any]]) -> None:
     for found in results:
         assert (found["equal"]["before"], found["equal"]["after"]) == (60.0, 30.0)

@@ -14,7 +14,17 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import drivetrain.agreement
-from drivetrain import Callback, DrivetrainError, Precision, ProcessGroupStrategy, Trainer, TrainingConfig, component, option
+from drivetrain import (
+    Callback,
+    DrivetrainError,
+    Loss,
+    Precision,
+    ProcessGroupStrategy,
+    Trainer,
+    TrainingConfig,
+    component,
+    option,
+)
 
 RANK = int(os.environ["RANK"])
 
@@ -62,6 +72,32 @@ def train(samples: int = 8, callbacks: Any = (), width: int = 2, **given: Any) -
     return found
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 2)
+
+    def forward(self, input_ids: torch.Tensor) -> Loss:
+        return Loss(self.table(input_ids).square().sum(), input_ids.numel())
+
+
+@component
+class Rehearse(Callback):
+    def on_run_start(self, ctx: Any) -> None:
+        with ctx.rehearsal() as step:
+            step()
+
+
+def count_tokens(*callbacks: Callback) -> dict[str, Any]:
+    """A run as long as a number of tokens, which travel with the losses' weights."""
+    torch.manual_seed(0)
+    model, rows = Tokens(), [{"input_ids": (torch.arange(3) + row) % 8} for row in range(16)]
+    config = TrainingConfig(standard_callbacks=False, max_duration="60tok", per_device_batch_size=2, eval_interval=None)
+    parts = {"strategy": Averaging(), "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "precision": Precision()}
+    steps = Trainer(model, config, rows, callbacks=callbacks, device="cpu", **parts).train().steps
+    return {"steps": steps, "weights": model.table.weight.tolist()}
+
+
 def group_timeout() -> float:
     return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
@@ -77,6 +113,7 @@ def main(folder: Path) -> None:
     found["callback's version"] = train(callbacks=[versioned(f"1.{RANK}")])
     found["one sample"] = train(samples=1)
     found["indivisible"] = train(global_batch_size=6)
+    found["tokens"], found["tokens after a rehearsal"] = count_tokens(), count_tokens(Rehearse())
     if RANK == 1:
         drivetrain.agreement.__version__ = "0.0.9"
     found["versions"] = train()

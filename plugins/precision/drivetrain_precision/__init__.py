@@ -138,12 +138,13 @@ class Bf16True(Component):
             ConfigError: when the device, or torch, cannot.
         """
         _must_have_bf16("bf16_true", ctx.device)
-        several = _accumulates(ctx) and ctx.strategy.world_size == 1  # DDP's buckets have the type of the parameters
+        alone = ctx.strategy.world_size == 1  # DDP's buckets have the type of the parameters
+        several = _accumulates(ctx) and alone
         if several and not hasattr(torch.Tensor, "grad_dtype"):
             message = f"bf16_true with several microbatches in a step needs a newer torch than {torch.__version__}. Use bf16."
             raise ConfigError([Problem("precision", message)])
         reason = f"bfloat16 weights with exact remainders, {bf16_support(ctx.device)[1]}"
-        self._made = SplitPrecision(ctx.device, reason, full_gradients=several)
+        self._made = SplitPrecision(ctx.device, reason, full_gradients=several, may_widen=alone)
         return self._made
 
     @hook(tryfirst=True)
@@ -151,18 +152,16 @@ class Bf16True(Component):
         """See that the optimizer takes its state back in float32: torch gives it the type that the parameters have then.
 
         Raises:
-            ConfigError: when the strategy has put other parameters in the place of the model's.
+            ConfigError: when weights came without a remainder, or the strategy has put other parameters in the place of the model's.
         """
         parameters = [p for group in ctx.optimizer.param_groups for p in group["params"]]
+        if name := next((self._made.narrow[p] for p in parameters if p in self._made.narrow), None):
+            message = f"bf16_true keeps what rounding cuts off, and {name!r} is rounded to bfloat16 already. Load the model in float32."
+            raise ConfigError([Problem("precision", message)])
         if not all(self._made.covers(p) for p in parameters):
             message = f"bf16_true does not work with {ctx.strategy.name}, which replaces the model's parameters. Use bf16."
             raise ConfigError([Problem("precision", message)])
         self._made.attach(ctx.optimizer)
-
-    @hook(tryfirst=True)
-    def on_exception(self, ctx: CallbackContext) -> None:
-        """Leave the weights as they are between steps, wherever the step broke off."""
-        self._made.split()
 
 
 def _accumulates(ctx: CallbackContext) -> bool:

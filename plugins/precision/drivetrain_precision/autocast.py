@@ -105,6 +105,11 @@ class ScaledPrecision(AutocastPrecision):
         """Let the scale follow what `unscale` found."""
         self._scaler.update()
 
+    def break_off(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget what `unscale` found; the scale stays. torch's scaler would refuse to unscale again before its `update`, which wants
+        something to have been found."""
+        self._scaler._per_optimizer_states.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """The scale, and how many steps ago it last changed; reads both from the device."""
         state = self._scaler.state_dict()

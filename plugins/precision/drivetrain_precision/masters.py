@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Bucket:
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
+        self.parameters, self.is_joined = parameters, True
         starts, end = [], 0
         for parameter in parameters:
             starts.append(end)
@@ -60,15 +61,18 @@ class Bucket:
         bits = self._bits.clone()
         bits.masked_fill_(self._bits.view(torch.float32).isnan(), _NAN)  # NVIDIA's own, 0x7FFFFFFF, would round to -0.0
         high = (bits + 0x8000) >> 16
-        self._high.copy_(high)
-        self._low.copy_(bits.sub_(high << 16))
+        low = bits.sub_(high << 16)
+        self._high.copy_(high)  # from here on no memory is needed: what has run out of it before has changed nothing
+        self._low.copy_(low)
         self.swap()
+        self.is_joined = False
 
     def join(self) -> None:
         """Make the parameters, and the gradients they have, float32."""
         bits = (self._high.int() << 16).add_(self._low)
         self._bits.copy_(bits)
         self.swap()
+        self.is_joined = True
         for parameter, rounded in zip(self.parameters, self._others, strict=True):
             gradient, rounded.grad = rounded.grad, None
             parameter.grad = None if gradient is None else gradient.float()
@@ -84,12 +88,15 @@ class SplitPrecision(AutocastPrecision):
 
     scales = True  # nothing is scaled, but `unscale` and `step` must be called
 
-    def __init__(self, device: torch.device, reason: str, *, full_gradients: bool) -> None:
+    def __init__(self, device: torch.device, reason: str, *, full_gradients: bool, may_widen: bool = False) -> None:
         super().__init__("bf16_true", torch.bfloat16, device, reason)
         self._full_gradients = full_gradients
+        self._may_widen = may_widen and not full_gradients  # once a step has a second microbatch
+        self._in_step = False  # whether a backward has begun since the last update
         self._buckets: list[Bucket] = []
         self._remainders: dict[str, Tensor] = {}
-        self._joined = self._attached = False
+        self.narrow: dict[nn.Parameter, str] = {}  # trainable parameters that were bfloat16 when they came, with their names
+        self._attached = False
 
     def cast(self, model: nn.Module) -> nn.Module:
         """Split the trainable float32 matrices; round the frozen ones."""
@@ -100,14 +107,44 @@ class SplitPrecision(AutocastPrecision):
                     names[parameter] = name
                 else:
                     parameter.data = parameter.data.bfloat16()
+            elif parameter.dtype == torch.bfloat16 and parameter.requires_grad:
+                self.narrow[parameter] = name
         self._buckets = [Bucket(some) for some in _in_buckets(names)]
         for bucket in self._buckets:
             bucket.split()
             self._remainders |= {names[p]: r for p, r in zip(bucket.parameters, bucket.remainders, strict=True)}
             if self._full_gradients:
-                for parameter in bucket.parameters:
-                    parameter.grad_dtype = torch.float32
+                _widen(bucket.parameters)
         return model
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss as it is. From a step's second microbatch on gradients are float32, so that their sum is exact, if they may be."""
+        if self._in_step and self._may_widen:
+            self._widen_gradients()
+        self._in_step = True
+        return loss
+
+    def _widen_gradients(self) -> None:
+        """A run may get several microbatches that began with one: a finder divides its steps, or memory has run out.
+
+        The first one's gradients lose nothing: their sum begins here.
+        """
+        parameters = [p for bucket in self._buckets for p in bucket.parameters]
+        gradients = [p.grad for p in parameters]
+        if all(gradient is None for gradient in gradients):  # what came before was given up
+            return
+        self._may_widen = False
+        if not hasattr(Tensor, "grad_dtype"):
+            message = (
+                f"bf16_true: torch {torch.__version__} adds the gradients of a step's microbatches up in bfloat16. Use bf16."
+            )
+            warnings.warn(message, stacklevel=2)
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        _widen(parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.float()
 
     def swap(self) -> None:
         """Let the parameters have the type that they have for the optimizer, or again the one for the model."""
@@ -119,25 +156,36 @@ class SplitPrecision(AutocastPrecision):
         return parameter.dtype != torch.bfloat16 or any(parameter is p for b in self._buckets for p in b.parameters)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that `optimizer.load_state_dict` meets float32 parameters: torch casts a loaded state to the type they have then."""
-        if not self._attached:
-            optimizer.register_load_state_dict_pre_hook(lambda optimizer, state: self.swap())
-            optimizer.register_load_state_dict_post_hook(lambda optimizer: self.swap())
-            self._attached = True
+        """See that `optimizer.load_state_dict` meets float32 parameters: torch casts a loaded state to the type they have then.
+
+        Its hooks would not do: when it refuses a state, the later one is not called.
+        """
+        if self._attached:
+            return
+        load = optimizer.load_state_dict
+
+        def load_state_dict(state_dict: dict[str, Any]) -> None:
+            self.swap()
+            try:
+                load(state_dict)
+            finally:
+                self.swap()
+
+        optimizer.load_state_dict = load_state_dict  # type: ignore[method-assign]
+        self._attached = True
 
     def join(self) -> None:
         """Make the parameters float32, if they are not."""
-        if not self._joined:
-            for bucket in self._buckets:
+        for bucket in self._buckets:
+            if not bucket.is_joined:
                 bucket.join()
-            self._joined = True
 
     def split(self) -> None:
         """Make the parameters bfloat16, if they are not."""
-        if self._joined:
-            for bucket in self._buckets:
+        self._in_step = False
+        for bucket in self._buckets:
+            if bucket.is_joined:
                 bucket.split()
-            self._joined = False
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Hand the exact weights to whoever comes before the optimizer."""
@@ -151,6 +199,10 @@ class SplitPrecision(AutocastPrecision):
 
     def skip(self, optimizer: torch.optim.Optimizer) -> None:
         """Leave the weights as they are."""
+        self.split()
+
+    def break_off(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leave the weights as they are, wherever the step broke off."""
         self.split()
 
     def state_dict(self) -> dict[str, Any]:
@@ -171,6 +223,11 @@ class SplitPrecision(AutocastPrecision):
             )
         for name, remainder in remainders.items():
             self._remainders[name].copy_(remainder)
+
+
+def _widen(parameters: Iterable[nn.Parameter]) -> None:
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
 
 
 def _in_buckets(parameters: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

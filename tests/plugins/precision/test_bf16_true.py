@@ -16,6 +16,7 @@ from drivetrain import (
     Callback,
     CallbackContext,
     ConfigError,
+    DrivetrainError,
     OptimizerComponent,
     PluginError,
     Strategy,
@@ -128,15 +129,8 @@ def make_data() -> TensorDataset:
 def trainer(
     model: nn.Module, precision: Any, *callbacks: Callback, optimizer: Any = None, steps: int = 24, **config: Any
 ) -> Trainer:
-    full = TrainingConfig(
-        max_duration=f"{steps}st",
-        per_device_batch_size=8,
-        precision=precision,
-        standard_callbacks=False,
-        dataloader={"shuffle": False},
-        log_interval="1st",
-        **config,
-    )
+    given = {"max_duration": f"{steps}st", "per_device_batch_size": 8, "log_interval": "1st", "dataloader": {"shuffle": False}}
+    full = TrainingConfig(**{**given, "precision": precision, "standard_callbacks": False, **config})
     optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     return Trainer(model, full, make_data(), loss=nn.functional.mse_loss, optimizer=optimizer, callbacks=callbacks)
 
@@ -278,6 +272,55 @@ def test_it_learns_as_float32_does_where_plain_bfloat16_stops_early() -> None:
     assert plain > 2.5 * exact
 
 
+class Limited(nn.Module):
+    """Two layers that run out of memory above a number of samples."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers, self.limit = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 1)), limit
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if len(inputs) > self.limit:
+            raise torch.OutOfMemoryError("on purpose")
+        return self.layers(inputs)
+
+
+@component
+class Gradients(Callback):
+    """Notes each step's gradients; divides the run's steps at its start if that is asked for."""
+
+    size: int | None = option(default=None)
+
+    def __attrs_post_init__(self) -> None:
+        self.steps: list[list[Tensor]] = []
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        if self.size is not None:
+            ctx.resize(self.size)
+
+    def on_gradients(self, ctx: CallbackContext) -> None:
+        self.steps.append([p.grad.clone() for p in ctx.model.parameters()])
+
+
+@pytest.mark.parametrize("way", ["resized", "out of memory"])
+def test_gradients_add_up_in_float32_when_a_step_is_divided_later(way: str) -> None:
+    def run(limit: int, size: int | None, **config: Any) -> list[list[Tensor]]:
+        seen, model = Gradients(size=size), Limited(limit)
+        full = {"max_grad_norm": None, "steps": 3, **config}
+        trainer(model, "bf16_true", seen, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2), **full).train()
+        return seen.steps
+
+    configured = run(2, None, per_device_batch_size=2, gradient_accumulation_steps=16)
+    if way == "resized":
+        divided = run(2, 2, per_device_batch_size=32)
+    else:
+        with pytest.warns(UserWarning, match="goes on in"):
+            divided = run(2, None, per_device_batch_size=32)
+    assert len(configured) == len(divided) == 3
+    assert all(same(one, other) for one, other in zip(configured, divided, strict=True))
+
+
 # -- going on
 
 
@@ -326,6 +369,17 @@ def test_optimizer_state_is_not_rounded_on_the_way_back() -> None:
     assert second.model[0].weight.dtype == torch.bfloat16
 
 
+def test_a_refused_optimizer_state_changes_no_weight() -> None:
+    made = trainer(make_model(), "bf16_true", steps=3)
+    made.train()
+    before, saved = exact_weights(made), deepcopy(made.state_dict())
+    saved["optimizer"]["param_groups"] = []
+    with pytest.raises(DrivetrainError, match="does not fit AdamW"):
+        made.load_state_dict(saved)
+    assert {p.dtype for p in made.model.parameters() if p.ndim == 2} == {torch.bfloat16}
+    assert same(exact_weights(made), before)
+
+
 def test_a_state_of_another_precision_or_model_is_refused() -> None:
     precision = SplitPrecision(CPU, "", full_gradients=False)
     precision.cast(make_model())
@@ -370,6 +424,31 @@ def test_a_step_that_breaks_off_leaves_the_weights_as_between_steps() -> None:
     with pytest.raises(KeyError):
         made.train()
     assert {p.dtype for p in made.model.parameters() if p.ndim == 2} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("way", ["join", "split"])
+def test_memory_that_runs_out_between_two_buckets_costs_no_weight(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("drivetrain_precision.masters._BUCKET", 1)
+    model, precision = make_model(), SplitPrecision(CPU, "", full_gradients=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    precision.cast(model)
+    if way == "split":
+        precision.join()
+    original, calls = getattr(Bucket, way), []
+
+    def second_fails(bucket: Bucket) -> None:
+        calls.append(bucket)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("on purpose")
+        original(bucket)
+
+    monkeypatch.setattr(Bucket, way, second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        getattr(precision, way)()
+    precision.break_off(torch.optim.SGD(model.parameters(), lr=1.0))
+    assert {p.dtype for p in model.parameters() if p.ndim == 2} == {torch.bfloat16}
+    precision.join()
+    assert all(torch.equal(p, wanted) for p, wanted in zip(model.parameters(), before, strict=True))
 
 
 def test_ddp_still_learns_of_the_gradients(tmp_path: Path) -> None:
@@ -417,6 +496,16 @@ def test_a_strategy_that_replaces_parameters_is_refused_before_the_first_step() 
 
     with pytest.raises(ConfigError, match="bf16_true does not work with sharded"):
         make(make_model()).train()
+
+
+@pytest.mark.parametrize("part", ["0", "0.bias"])
+def test_weights_that_are_rounded_already_are_named(part: str) -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        if name.startswith(part):
+            parameter.data = parameter.data.bfloat16()
+    with pytest.raises(ConfigError, match=f"'{part}.*rounded to bfloat16 already. Load the model in float32"):
+        trainer(model, "bf16_true").train()
 
 
 @component

@@ -26,7 +26,9 @@ def make_data() -> TensorDataset:
     return TensorDataset(inputs, 0.3 * inputs.sum(dim=1, keepdim=True))
 
 
-def trainer(model: nn.Module, precision: Any, *callbacks: Callback, steps: int = 24, accumulation: int = 2) -> Trainer:
+def trainer(
+    model: nn.Module, precision: Any, *callbacks: Callback, steps: int = 24, accumulation: int = 2, optimizer: Any = None
+) -> Trainer:
     config = TrainingConfig(
         max_duration=f"{steps}st",
         per_device_batch_size=8,
@@ -36,7 +38,7 @@ def trainer(model: nn.Module, precision: Any, *callbacks: Callback, steps: int =
         standard_callbacks=False,
         dataloader={"shuffle": False},
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
     return Trainer(model, config, make_data(), loss=nn.functional.mse_loss, optimizer=optimizer, callbacks=callbacks)
 
 
@@ -227,3 +229,49 @@ def test_tf32_holds_for_backward_too_and_ends_with_the_run(fail: bool) -> None:
         assert fail
     assert watch.seen == {"high"}
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_true", {"use": "fp16", "init_scale": 8.0}], ids=str)
+def test_an_update_that_fails_in_a_rehearsal_changes_nothing(precision: Any) -> None:
+    fails = [True]
+
+    class Fails(torch.optim.AdamW):
+        def step(self, closure: Any = None) -> Any:
+            if fails[0]:
+                raise torch.OutOfMemoryError("on purpose")
+            return super().step(closure)
+
+    @component
+    class Rehearse(Callback):
+        def on_run_start(self, ctx: CallbackContext) -> None:
+            with pytest.raises(torch.OutOfMemoryError), ctx.rehearsal() as step:
+                step()
+            fails[0] = False
+            with ctx.rehearsal() as step:
+                step()
+
+    def run(*callbacks: Callback) -> nn.Module:
+        model = make_model()
+        trainer(model, precision, *callbacks, steps=4, optimizer=Fails(model.parameters(), lr=1e-2)).train()
+        return model
+
+    assert equal(run(Rehearse()), run())
+
+
+@pytest.mark.parametrize("event", ["on_gradients", "on_clipped", "on_optimizer_step"])
+def test_an_fp16_run_goes_on_after_a_step_that_failed(event: str) -> None:
+    @component
+    class Fail(Callback):
+        def __attrs_post_init__(self) -> None:
+            self.done = False
+
+        def _once(self, ctx: CallbackContext) -> None:
+            if ctx.step == 2 and not self.done:
+                self.done = True
+                raise KeyError("on purpose")
+
+    setattr(Fail, event, Fail._once)
+    made = trainer(make_model(), Fp16(init_scale=8.0), Fail(), steps=6)
+    with pytest.raises(KeyError):
+        made.train()
+    assert made.train().steps == 6
