@@ -99,9 +99,8 @@ class _Sums:
         exact = torch.float32 if loss.total.device.type == "mps" else torch.float64
         total = loss.total.detach().to(exact)
         self.totals[name] = self.totals.get(name, 0) + (total if samples else torch.zeros_like(total))
-        weight = (
-            loss.weight.detach().to(exact) if isinstance(loss.weight, Tensor) else loss.weight
-        )  # its own type counts to 256 in bf16
+        # bf16 counts to 256
+        weight = loss.weight.detach().to(exact) if isinstance(loss.weight, Tensor) else loss.weight
         self.weights[name] = self.weights.get(name, 0) + (weight if samples else 0.0)
 
     def values(self, strategy: Strategy) -> dict[str, float]:

@@ -134,9 +134,8 @@ def _run_all(calls: tuple[tuple[Event, str], ...], event: str) -> Event:
                 errors.append(error)
             except BaseException as error:
                 interrupt = error
-        failed = (
-            ExceptionGroup(f"{len(errors)} plugins failed in {event}", errors) if len(errors) > 1 else next(iter(errors), None)
-        )
+        several = ExceptionGroup(f"{len(errors)} plugins failed in {event}", errors) if len(errors) > 1 else None
+        failed = several or (errors[0] if errors else None)
         if interrupt is not None:
             raise interrupt from failed
         if failed is not None:

@@ -71,23 +71,10 @@ class Loop:
         self._scale = ctx.precision.scale if ctx.precision.scales else None
         self._consecutive_skips = 0
         self.is_whole = False  # whether the state is that after a step, not of one in the middle
-        self._unscaled = False  # whether the precision has been told to unscale, and not yet to step
         self._tokens: Tensor | None = None  # of all ranks in this step, when they have travelled with its weight
         self._tokens_matter = ctx.run_unit == "tok" and ctx.strategy.data_ranks > 1
         for group in ctx.optimizer.param_groups:
             group.setdefault("initial_lr", float(group["lr"]))
-
-    def begin(self) -> None:
-        """Drop what a step that was broken off has left, or somebody before the first one: the next step must not find it."""
-        ctx, self.is_whole, self._tokens = self.ctx, False, None
-        for parameter in self.parameters:
-            parameter.grad = None
-        ctx.veto = ctx.outputs = ctx.microbatch_loss = ctx._back_to = None
-        if self._unscaled:  # a scaler refuses to unscale twice; the scale itself is to follow finished steps only
-            kept = ctx.precision.state_dict()
-            ctx.precision.skip(ctx.optimizer)
-            ctx.precision.load_state_dict(kept)
-            self._unscaled = False
 
     def steps(self) -> Iterator[Step]:
         """Train, yielding each step when everything due after it has been done."""
@@ -370,7 +357,6 @@ class Loop:
         strategy.reduce_gradients(self.parameters)
         if self._scale is not None:
             precision.unscale(ctx.optimizer)
-            self._unscaled = True
         if on.gradients is not None:
             strategy.clip(self.parameters, None, factor)
             factor = None
@@ -386,7 +372,6 @@ class Loop:
             applied = True
         else:
             applied = precision.step(ctx.optimizer)
-        self._unscaled = False
         if applied and on.optimizer_step is not None:
             on.optimizer_step(ctx)
         for parameter in self.parameters:
@@ -419,11 +404,11 @@ class Loop:
         return precision.step(optimizer)
 
     def break_off(self) -> None:
-        """Drop what a step that failed has left: a run may go on after it."""
-        ctx = self.ctx
+        """Drop what a step that failed has left, or somebody before the first one: the next step must not find it."""
+        ctx, self.is_whole, self._tokens = self.ctx, False, None
         for parameter in self.parameters:
             parameter.grad = None
-        ctx.veto = self._tokens = None
+        ctx.veto = ctx.outputs = ctx.microbatch_loss = ctx._back_to = None
         ctx.precision.break_off(ctx.optimizer)
 
     def _set_learning_rate(self, factor: float) -> None:

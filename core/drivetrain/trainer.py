@@ -396,9 +396,7 @@ class Trainer:
         ctx, metrics = self.ctx, saved["metrics"]
         for name in _COUNTERS:
             setattr(ctx, name, saved[name])
-        if (
-            ctx.strategy.world_size > 1
-        ):  # ranks whose microbatches have unequal sizes could end up with unequal numbers of parts
+        if ctx.strategy.world_size > 1:  # ranks whose microbatches are of unequal sizes could get unequal numbers of parts
             ctx.microbatch_parts = 1
         ctx.seconds, ctx.agreed_seconds = saved["seconds"] - (self.elapsed - ctx.seconds), saved["seconds"]
         ctx.last_logged, ctx.eval_metrics = dict(metrics["logged"]), dict(metrics["eval"])
@@ -461,7 +459,7 @@ class Trainer:
 
     def _start(self) -> None:
         ctx, run = self.ctx, self._run
-        run.loop.begin()
+        run.loop.break_off()
         if self._rng is not None:  # a second sitting in this process
             set_random_state(self._rng, ctx.device)
         else:

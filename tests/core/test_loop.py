@@ -424,6 +424,9 @@ class Scaled(Precision):
     def skip(self, optimizer: torch.optim.Optimizer) -> None:
         self.scaler.update()
 
+    def break_off(self, optimizer: torch.optim.Optimizer) -> None:
+        self.scaler._per_optimizer_states.clear()
+
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()
 
