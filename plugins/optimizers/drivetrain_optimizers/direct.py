@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.sgd import sgd
+from torch.utils._python_dispatch import _disable_current_modes
 
 _HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-_ONE = torch.ones(())
+with _disable_current_modes():  # a number, whatever is simulated or the default where this is first imported
+    _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 _PLUS_ONE: dict[str, Any] = {
     "lr": -1.0,
     "momentum": 0.0,

@@ -443,6 +443,32 @@ def imports_the_compiler(module: str, name: str) -> str:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
+@pytest.mark.parametrize(
+    "context",
+    [
+        'torch.device("meta")',
+        "torch._subclasses.fake_tensor.FakeTensorMode()",
+        "torch.set_default_dtype(torch.float64) or nullcontext()",
+    ],
+)
+def test_it_works_wherever_it_was_first_imported(context: str) -> None:
+    lines = [
+        "import torch, torch._subclasses.fake_tensor",
+        "from contextlib import nullcontext",
+        f"with {context}:",
+        "    from drivetrain_optimizers.direct import AdamW",
+        "weight = torch.ones(3, dtype=torch.float32, requires_grad=True)",
+        "optimizer = AdamW([weight], fused=True)",
+        "for _ in range(3):",
+        "    weight.grad = torch.ones(3, dtype=torch.float32)",
+        "    optimizer.step()",
+        "print(float(optimizer.state[weight]['step']))",
+    ]
+    code = "\n".join(lines)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "3.0", run.stderr
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
 def test_the_compiler_is_not_imported(name: str) -> None:
     assert imports_the_compiler("drivetrain_optimizers.direct", name) == "False"
