@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -20,11 +20,26 @@ def recompute(blocks: Iterable[nn.Module], selective: bool = False) -> None:
     Args:
         selective: keep the results of matrix products and attention, which cost most to compute, and recompute the rest.
     """
-    options = {"context_fn": partial(create_selective_checkpoint_contexts, _expensive())} if selective else {}
+    options = {"context_fn": _selective} if selective else {}
     for block in blocks:
-        block.forward = _recomputed(block.forward, options)
+        block.forward = _Recomputed(block.forward, options)
 
 
+class _Recomputed:
+    """Stands on a block in the place of its `forward`. No closure: a copy of the model, by `copy` or `pickle`, has one of its own."""
+
+    def __init__(self, forward: Callable[..., Any], options: dict[str, Any]) -> None:
+        self.forward, self.options = forward, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return checkpoint(self.forward, *args, use_reentrant=False, **self.options, **kwargs)
+
+
+def _selective() -> Any:
+    return create_selective_checkpoint_contexts(_expensive())
+
+
+@cache
 def _expensive() -> list[Any]:
     """Matrix products, and every attention kernel that this torch has."""
     aten: Any = torch.ops.aten
@@ -32,13 +47,6 @@ def _expensive() -> list[Any]:
     kernels = [f"_scaled_dot_product_{kind}" for kind in kinds]
     products = [aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default]
     return products + [getattr(aten, name).default for name in kernels if hasattr(aten, name)]
-
-
-def _recomputed(forward: Any, options: dict[str, Any]) -> Any:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **options, **kwargs)
-
-    return run
 
 
 class Offload:
@@ -69,12 +77,11 @@ class Offload:
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """A function like `forward`, whose saved tensors are moved."""
+        return _Moved(self, forward)
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with saved_tensors_hooks(self._out, self._back):
-                return forward(*args, **kwargs)
-
-        return run
+    def __reduce__(self) -> Any:
+        """A copy has streams of its own."""
+        return type(self), ()
 
     def _out(self, tensor: Tensor) -> Any:
         device, whole = tensor.device, tensor if tensor._base is None else tensor._base
@@ -103,3 +110,14 @@ class Offload:
             self._cuda.current_stream(device).wait_stream(self._streams[device])
         back: Tensor = moved.to(device, non_blocking=True)
         return back
+
+
+class _Moved:
+    """As `_Recomputed`, for `Offload`."""
+
+    def __init__(self, offload: Offload, forward: Callable[..., Any]) -> None:
+        self.offload, self.forward = offload, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(self.offload._out, self.offload._back):
+            return self.forward(*args, **kwargs)

@@ -145,20 +145,24 @@ def follow_parameters(optimizer: torch.optim.Optimizer, before: Mapping[str, nn.
     Raises:
         ModelError: when a parameter is gone, or the optimizer has state for the old ones.
     """
-    now = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    found = dict(model.named_parameters())
+    kept = {id(parameter) for parameter in found.values()}
+    # names say all where nothing has been wrapped; a model of the user's may have names that look as if
+    now = found if before.keys() <= found.keys() else {plain_name(name): parameter for name, parameter in found.items()}
     names = {id(parameter): name for name, parameter in before.items()}
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             name = names.get(id(parameter))
-            if name is None or now.get(name) is parameter:
+            if name is None or id(parameter) in kept:
                 continue
-            if name not in now or optimizer.state:
+            new = now.get(name, now.get(plain_name(name)))
+            if new is None or optimizer.state:
                 why = "has state for it already" if optimizer.state else "would hold one that is no longer there"
                 raise ModelError(
                     f"preparing the model replaced the parameter {name!r}, and the optimizer {why}. "
                     "Name the optimizer in the configuration, so that it is made after the model is prepared."
                 )
-            group["params"][index] = now[name]
+            group["params"][index] = new
 
 
 def plain_name(name: str) -> str:

@@ -160,9 +160,11 @@ class Strategy:
 
 
 def total_norm(grads: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The 2-norm of all gradients together, a scalar on the first one's device in its type; and of each, unless types differ."""
+    """The 2-norm of all gradients together, a scalar on the first one's device in its type; and of each, unless types differ or some
+    are sparse."""
     kinds = {(g.device, g.dtype, g.layout) for g in grads}
     if len(kinds) == 1 and kinds.pop()[2] is torch.strided:
         norms = torch.stack(torch._foreach_norm(grads, 2.0))
         return torch.linalg.vector_norm(norms), norms
-    return torch.nn.utils.get_total_norm(grads), None
+    # a sparse gradient may have several entries for one place, and no norm of its own in torch
+    return torch.nn.utils.get_total_norm([g.coalesce().values() if g.is_sparse else g for g in grads]), None

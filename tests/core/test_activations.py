@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -73,7 +75,7 @@ class Blocks(nn.Module):
         return loss
 
 
-def trained(how: Any, compiled: bool = False) -> Tensor:
+def trained(how: Any, compiled: bool = False, model: nn.Module | None = None) -> Tensor:
     data = list(torch.randn(128, 32, generator=torch.Generator().manual_seed(1)))
     config = TrainingConfig(
         max_duration="3st",
@@ -83,7 +85,7 @@ def trained(how: Any, compiled: bool = False) -> Tensor:
         standard_callbacks=False,
         device="cpu",
     )
-    model = Blocks()
+    model = model or Blocks()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     Trainer(model, config, data, optimizer=optimizer, precision=Precision()).train()
     return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
@@ -155,6 +157,30 @@ def test_on_a_cpu_nothing_moves() -> None:
 
     Watched().around(torch.tanh)(torch.randn(64, 64, requires_grad=True))
     assert [type(kept) for kept in saved] == [Tensor]
+
+
+@pytest.mark.parametrize("how", [True, "selective", "offload"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_copy_of_the_model_computes_with_its_own_weights(
+    how: Any, copied: Any, compiled: bool, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: original(function, backend="aot_eager"))
+    monkeypatch.setattr("drivetrain.prepare.Offload", lambda: Moving(streams))
+    Moving.moved, model = [], Blocks()
+    trained(how, compiled, model)
+    model.eval()
+    x, other = torch.randn(4, 32), copied(model)
+    expected = model(x)
+    assert [type(block.forward) for block in other.layers] == [type(block.forward) for block in model.layers]
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.zero_()
+    found = other(x)
+    found.backward()
+    assert torch.equal(found, expected)
+    assert all(parameter.grad is not None for parameter in other.parameters())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

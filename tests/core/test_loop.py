@@ -202,6 +202,23 @@ def test_clipping_is_torchs_and_leaves_gradients_below_the_limit_alone_where_tha
     assert written == (not known or not float(expected) < limit)
 
 
+@pytest.mark.parametrize("limit", [0.1, 1e3])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_sparse_gradients_are_clipped_as_dense_ones(limit: float, accumulation: int) -> None:
+    """Rows that occur several times count with their sum."""
+    data = [(torch.tensor([i % 5, i % 3, 7]), torch.tensor([float(i % 4)])) for i in range(24)]
+    found, norms = [], []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.EmbeddingBag(8, 4, sparse=sparse), nn.Linear(4, 1))
+        cfg = config(max_duration="4st", per_device_batch_size=3, gradient_accumulation_steps=accumulation, max_grad_norm=limit)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        norms.append(Trainer(model, cfg, data, loss=nn.MSELoss(), optimizer=optimizer).train().metrics["train/grad_norm"])
+        found.append(weights(model))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
 def test_a_window_without_any_target_leaves_the_weights_alone() -> None:
     data = token_data(4)
     for row in data:

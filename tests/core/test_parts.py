@@ -14,7 +14,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import TensorDataset
 
-from drivetrain import ConfigError, DeviceManager, DrivetrainError, OptimizerComponent, Trainer, TrainingConfig
+from drivetrain import (
+    ConfigError,
+    DeviceManager,
+    DrivetrainError,
+    OptimizerComponent,
+    Precision,
+    Strategy,
+    Trainer,
+    TrainingConfig,
+)
 from drivetrain.prepare import repeated_blocks
 
 
@@ -25,6 +34,58 @@ def test_device_manager_on_this_machine() -> None:
     moved = DeviceManager("cpu").to({"a": torch.ones(2), "b": [torch.ones(1), "text"], "c": (1, torch.zeros(3))})
     assert moved["b"][1] == "text"
     assert moved["c"][0] == 1
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.module, self.weight = nn.Linear(4, 1), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Any) -> Any:
+        return self.module(x) * self.weight
+
+
+class Replaces(Strategy):
+    """Puts new parameters in the places of the old ones, as sharding does, and may wrap the model."""
+
+    def __init__(self, wraps: bool) -> None:
+        self.wraps = wraps
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        for part in model.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.detach().clone()))
+        return nn.DataParallel(model) if self.wraps else model
+
+
+def trained_by_a_ready_optimizer(model: nn.Module, strategy: Strategy | None = None) -> list[str]:
+    """The names of the parameters that training has changed."""
+    data = TensorDataset(torch.ones(8, 4), torch.zeros(8, 1))
+    config = TrainingConfig(max_duration="1st", standard_callbacks=False, device="cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, precision=Precision(), strategy=strategy).train()
+    return [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Wrapped,
+        lambda: torch.compile(nn.Sequential(nn.Linear(4, 1)), backend="eager"),
+        lambda: nn.DataParallel(nn.Sequential(nn.Linear(4, 1))),
+    ],
+)
+def test_a_ready_optimizer_of_a_model_whose_names_look_wrapped(make: Any) -> None:
+    model = make()
+    assert len(trained_by_a_ready_optimizer(model)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_ready_optimizer_follows_replaced_parameters(wraps: bool) -> None:
+    assert len(trained_by_a_ready_optimizer(Wrapped(), Replaces(wraps))) == 3, "each its own, whatever the names"
+    compiled = torch.compile(nn.Sequential(nn.Linear(4, 1)), backend="eager")
+    assert len(trained_by_a_ready_optimizer(compiled, Replaces(wraps))) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cdua", "hpu", "cuda:99", "cuda:x", "cpu:7"])

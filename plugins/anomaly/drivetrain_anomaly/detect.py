@@ -129,7 +129,8 @@ class Detector:
 
 def norms_of(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm of each gradient; of a sharded one, of the whole."""
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(grads))])
+    values = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads]
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(values)])
     return norms.full_tensor() if hasattr(norms, "full_tensor") else norms
 
 

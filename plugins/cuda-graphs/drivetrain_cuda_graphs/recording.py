@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
@@ -58,11 +58,26 @@ class _CudaRecorder:
         return result
 
     def record(self, compute: Callable[[], R]) -> tuple[R, Callable[[], None]]:
-        graph = torch.cuda.CUDAGraph()
-        # other threads may go on meanwhile, such as the one that puts the next batches into page-locked memory
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = compute()
+        graph, device = torch.cuda.CUDAGraph(), self._stream.device
+        try:
+            # torch leaves the recording's stream as the current one where it fails; the outer context does not
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(device)),
+                # other threads may go on meanwhile, such as the one that puts the next batches into page-locked memory
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                result = compute()
+        except BaseException:
+            self._close_pool(device)
+            raise
         return result, graph.replay
+
+    def _close_pool(self, device: torch.device) -> None:
+        """What torch leaves out where CUDA refuses to end a recording (`CUDAGraph::capture_end` raises first, and `reset` releases only
+        what has been ended). Until then the allocator gives no memory back that several streams have used."""
+        with suppress(RuntimeError):  # which says that torch has closed it
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
+            torch._C._cuda_releasePool(device.index, self._pool)
 
 
 class Recording:

@@ -13,14 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["GcCallback"]
 
+_LOOK_EVERY = 16  # steps
+
 
 @component
 class GcCallback(Callback):
-    """Collect garbage at logging steps, after the values have been read, and keep a CPU's freed memory from step to step.
+    """Collect garbage between steps, and keep a CPU's freed memory from step to step.
 
     Python looks for unreachable cycles whenever some hundred objects have been made, in the middle of whatever runs; with several
-    processes all wait for the one that does. Meanwhile this is off: what a run begins with is set aside (`gc.freeze`), so that a
-    collection looks at what came since. Objects that no cycle holds are freed as ever.
+    processes all wait for the one that does. Meanwhile this is off: what a run begins with is set aside (`gc.freeze`), and a collection
+    at each logging step, after the values have been read, looks at what came since. Every 16 steps there is one of young objects,
+    if Python would have had one by then (`gc.get_threshold`). Objects that no cycle holds are freed as ever.
 
     A step on a CPU frees what it computed, and C's allocator hands large blocks back to the system, which gives the next step fresh
     pages, each filled with zeros at its first use: a tenth of a small GPT's step in bf16. Meanwhile glibc keeps them (mallopt(3)), as torch
@@ -31,17 +34,19 @@ class GcCallback(Callback):
     """
 
     full_every: int = option(
-        default=20, at_least=1, help="each so many collections look at old objects too, not just at new ones"
+        default=20, at_least=1, help="each so many logging steps' collections look at old objects too, not just at new ones"
     )
     keep_memory: bool = option(default=True, help="on a CPU, keep what a step frees for the next one, in huge pages")
 
     def __attrs_post_init__(self) -> None:
         self._collections = 0
         self._begun: list[WhileAnyRuns] = []
+        self._looks = 0
 
     @hook(trylast=True)
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Switch the automatic collection off; last, when the others have made what they keep."""
+        self._looks = ctx.step + _LOOK_EVERY - ctx.step % _LOOK_EVERY
         self._begin(COLLECTOR_OFF)
         if self.keep_memory and ctx.device.type == "cpu":
             self._begin(MEMORY_KEPT)
@@ -49,6 +54,14 @@ class GcCallback(Callback):
     def _begin(self, setting: WhileAnyRuns) -> None:
         self._begun.append(setting)
         setting.begin()
+
+    @hook(trylast=True, not_before="_looks")
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        """Collect what is young, as Python would have; on all ranks after the same steps."""
+        self._looks = ctx.step + _LOOK_EVERY - ctx.step % _LOOK_EVERY
+        (young, middle, _), (enough, times, _) = gc.get_count(), gc.get_threshold()
+        if 0 < enough < young:
+            gc.collect(1 if middle > times else 0)
 
     @hook(trylast=True)
     def on_log(self, ctx: CallbackContext) -> None:

@@ -78,7 +78,7 @@ class GradientStatsCallback(Callback):
         for layer, parameters in self._layers.items():
             weights = [p.detach().clone() for p in parameters]
             self._before[layer] = (weights, _norm(weights))
-            grads = [p.grad for p in parameters if p.grad is not None]
+            grads = [p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
             if grads:
                 ctx.log({f"gradient_norm/{layer}": _norm(grads), f"gradient_max/{layer}": _largest(grads)})
             if grads and self.histograms:

@@ -51,7 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
         narrow = weight.to(dtype)
-        of_x, of_weight, totals = torch.empty_like(x), torch.zeros_like(weight), []
+        # a sum of many parts has no place in 16 bits
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        of_x, totals = torch.empty_like(x), []
         for part, target, out in zip(x.split(rows), labels.split(rows), of_x.split(rows), strict=True):
             part = part.to(dtype)
             total, logs = _entropy(part, narrow, target)
@@ -59,9 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counts = (target != IGNORED).to(logs.dtype).unsqueeze(1)
             gradient = logs.exp_().scatter_add_(1, target.clamp(min=0).unsqueeze(1), -counts).mul_(counts).to(dtype)
             out.copy_(gradient @ narrow)
-            if dtype == weight.dtype:
+            if dtype == of_weight.dtype:
                 of_weight.addmm_(gradient.t(), part)
-            else:  # a sum of many parts has no place in 16 bits
+            else:
                 of_weight.add_(gradient.t() @ part)
         ctx.save_for_backward(of_x, of_weight)
         return torch.stack(totals).sum()
@@ -70,5 +72,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, above: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         if torch.is_grad_enabled():  # which create_graph=True does; the saved gradients would pass for constants
             raise ModelError("a loss in parts has no second derivative: set loss_in_parts = false in the model.")
-        of_x, of_weight = ctx.saved_tensors
+        of_x, of_weight = ctx.saved_tensors  # torch gives the second the type of the weight's gradient
         return of_x * above.to(of_x.dtype), of_weight * above.to(of_weight.dtype), None, None, None

@@ -21,9 +21,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
+from torch.optim.sgd import sgd
+from torch.utils._python_dispatch import _disable_current_modes
 
 _HOOKS = (torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks)
-_ONE = torch.ones(())
+with _disable_current_modes():  # a number, whatever is simulated or the default where this is first imported
+    _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 _PLUS_ONE: dict[str, Any] = {
     "lr": -1.0,
     "momentum": 0.0,
@@ -33,6 +36,7 @@ _PLUS_ONE: dict[str, Any] = {
     "maximize": False,
     "is_first_step": False,
 }
+_SGD_OPTIONS = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _UNSCALED: dict[str, Any] = {"grad_scale": None, "found_inf": None}
 
 
@@ -225,8 +229,23 @@ class SGD(_Direct, torch.optim.SGD):
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
+    def _init_group(self, group: dict[str, Any], params: list[Any], grads: list[Any], buffers: list[Any]) -> Any:
+        """torch's. Its fused kernel takes no step that is the first for some parameters only: those are updated here, by themselves."""
+        has_sparse: Any = super()._init_group(group, params, grads, buffers)  # type: ignore[no-untyped-call]
+        new = [index for index, buffer in enumerate(buffers) if buffer is None] if group["fused"] else []
+        if 0 < len(new) < len(buffers):
+            parameters, gradients, made = ([each[index] for index in new] for each in (params, grads, buffers))
+            options: dict[str, Any] = {name: group[name] for name in _SGD_OPTIONS}
+            options |= {name: getattr(self, name, None) for name in _UNSCALED}
+            sgd(parameters, gradients, made, has_sparse, fused=True, **options)
+            for parameter, buffer in zip(parameters, made, strict=True):
+                self.state[parameter]["momentum_buffer"] = buffer
+            for index in reversed(new):
+                del params[index], grads[index], buffers[index]
+        return has_sparse
+
     def _call(self, group: dict[str, Any], tensors: list[list[Tensor]]) -> None:
         parameters, grads, *buffers = tensors
-        options = {name: group[name] for name in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+        options = {name: group[name] for name in _SGD_OPTIONS}
         # any momentum has its buffers already
         torch._fused_sgd_(parameters, grads, buffers[0] if buffers else [], is_first_step=False, **options, **_UNSCALED)

@@ -289,16 +289,8 @@ def taken_apart(trainer: Trainer) -> tuple[TrainingConfig, dict[str, Any]]:
     if trainer.ctx.strategy.world_size > 1 or trainer.ctx.step:
         raise DrivetrainError("plan: give a trainer of one process that has not trained yet, or its configuration.")
     given = trainer.ctx.run.given
-    names = {
-        "model": "model",
-        "train_dataset": "train_dataset",
-        "eval_dataset": "eval_dataset",
-        "loss": "loss",
-        "step": "step",
-        "data_collator": "collator",
-        "precision": "precision",
-    }
-    objects = {name: getattr(given, field) for name, field in names.items()}
+    names = ("model", "train_dataset", "eval_dataset", "loss", "step", "data_collator", "precision")
+    objects = {name: getattr(given, name) for name in names}
     if isinstance(given.optimizer, (str, Mapping)):
         objects["optimizer"] = given.optimizer
     elif given.optimizer is not None:

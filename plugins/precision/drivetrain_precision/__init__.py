@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import ClassVar
 
 import torch
@@ -49,20 +50,47 @@ class Fp32(Component):
         return _full("fp32", "full precision")
 
 
+class _Tf32Products:
+    """The setting of the process: made by the first run that asks for it, put back when the last of them ends."""
+
+    def __init__(self) -> None:
+        self._lock, self._runs = threading.Lock(), 0
+        self._before: str | None = None
+
+    def begin(self) -> None:
+        """The older of torch's two settings: after the newer one `get_float32_matmul_precision`, which torch.compile calls, raises."""
+        with self._lock:
+            self._runs += 1
+            if torch.backends.cuda.matmul.fp32_precision != "tf32":
+                before = torch.get_float32_matmul_precision()
+                self._before = before if self._before is None else self._before
+                torch.set_float32_matmul_precision("high")
+
+    def end(self) -> None:
+        """A run that began is over."""
+        with self._lock:
+            self._runs -= 1
+            if self._runs == 0 and self._before is not None:
+                torch.set_float32_matmul_precision(self._before)
+                self._before = None
+
+
+_TF32_PRODUCTS = _Tf32Products()
+
+
 @component
 class Tf32(Component):
     """Parameters and activations in float32, matrix products in TF32 (10 bits of mantissa) on NVIDIA GPUs from Ampere on.
 
     The format: NVIDIA A100 Tensor Core GPU Architecture (whitepaper, 2020), figure 9. The setting belongs to the process, and
-    backward reads it as much as forward, so it is made when the run starts and put back when it ends
+    backward reads it as much as forward, so it is made when the run starts and put back when the last such run ends
     (`torch.set_float32_matmul_precision`). On every other device it changes nothing.
     """
 
     kind: ClassVar[str] = "precision"
 
     def __attrs_post_init__(self) -> None:
-        self._effective = False
-        self._before: str | None = None
+        self._effective = self._begun = False
 
     def make_precision(self, ctx: CallbackContext) -> Precision:
         """Full precision, with the reason saying whether TF32 takes effect."""
@@ -76,17 +104,16 @@ class Tf32(Component):
         return _full("tf32", f"TF32 matrix products (compute capability {major}.{minor})")
 
     def on_run_start(self, ctx: CallbackContext) -> None:
-        """Allow TF32. The older of torch's two settings: after the newer one `get_float32_matmul_precision`, which
-        torch.compile calls, raises."""
-        if self._effective and torch.backends.cuda.matmul.fp32_precision != "tf32":
-            self._before = torch.get_float32_matmul_precision()
-            torch.set_float32_matmul_precision("high")
+        """Allow TF32."""
+        if self._effective and not self._begun:
+            self._begun = True
+            _TF32_PRODUCTS.begin()
 
     def on_run_end(self, ctx: CallbackContext) -> None:
-        """Put back what the process had."""
-        if self._before is not None:
-            torch.set_float32_matmul_precision(self._before)
-            self._before = None
+        """Put back what the process had, unless another run still wants it."""
+        if self._begun:
+            self._begun = False
+            _TF32_PRODUCTS.end()
 
 
 def _bf16(device: torch.device, reason: str) -> Precision:

@@ -64,6 +64,7 @@ def _suits_products(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and query.shape[:2] == key.shape[:2]
         and key.shape[:3] == value.shape[:3]
         and key.shape[-2] <= _FEW
+        and query.shape[-1] > 0
         and torch.float64 not in (query.dtype, key.dtype, value.dtype)
         and torch.backends.cuda.flash_sdp_enabled()  # one switch for all devices
         and not torch._C._are_functorch_transforms_active()

@@ -13,7 +13,7 @@ from drivetrain_precision.support import differentiable_gradients
 
 def rms_norm(input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
     """`F.rms_norm` as autocast computes it, in the input's type; with fewer operations where input and weight are float32."""
-    if len(normalized_shape) == 1 and weight is not None and _is_plain(input) and _is_plain(weight):
+    if len(normalized_shape) == 1 and weight is not None and _is_plain(input) and _is_plain(weight) and weight.numel():
         eps = torch.finfo(input.dtype).eps if eps is None else eps
         result: Tensor = _RmsNorm.apply(input, weight, eps)  # type: ignore[no-untyped-call]
         return result

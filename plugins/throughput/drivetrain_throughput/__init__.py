@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ThroughputCallback"]
 
+_NEVER = float("inf")
 _MUCH = 0.5  # of the time, spent waiting for data in two intervals one after the other, and
 _SECONDS = 1.0  # so long in each: that of tiny runs is not worth a word
 
@@ -49,7 +50,8 @@ class ThroughputCallback(Callback):
     )
 
     _machine: Any = attrs.field(default=None, init=False, repr=False)
-    _counter: Any = attrs.field(default=None, init=False, repr=False)
+    _counter: StepCounter = attrs.field(factory=StepCounter, init=False, repr=False)
+    _counts: float = attrs.field(default=_NEVER, init=False, repr=False)  # so many steps are done when the next one is counted
     _last: Any = attrs.field(default=None, init=False, repr=False)  # the counters at the previous log
     _paused: float = attrs.field(default=0.0, init=False, repr=False)  # seconds since then that were no training
     _starved: bool = attrs.field(default=False, init=False, repr=False)  # the last interval was spent waiting for data
@@ -61,15 +63,22 @@ class ThroughputCallback(Callback):
     def on_run_start(self, ctx: CallbackContext) -> None:
         """Begin to measure."""
         self._machine = Machine(ctx.device, ctx.trainer.run_dir if ctx.trainer.has_run_dir else None)
-        self._counter = StepCounter(ctx) if self.flops else None
+        self._counter = StepCounter()
+        self._counts = ctx.step + 1 if self.flops and not ctx.config.compile else _NEVER
         self._peak = self.peak_tflops or peak_tflops(ctx.device)
         self._begin(ctx)
 
+    @hook(trylast=True, not_before="_counts")
+    def on_step_start(self, ctx: CallbackContext) -> None:
+        """Count."""
+        self._counter.begin()
+
+    @hook(tryfirst=True)
     def on_step_end(self, ctx: CallbackContext) -> None:
         """Look at the clock."""
         self._ends.append(perf_counter())
-        if self._counter is not None and self._counter.wanted:
-            self._counter.step_ended()
+        if self._counts < _NEVER and self._counter.end():
+            self._counts = _NEVER
 
     @hook(tryfirst=True)
     def on_log(self, ctx: CallbackContext) -> None:
@@ -98,8 +107,7 @@ class ThroughputCallback(Callback):
 
     def on_run_end(self, ctx: CallbackContext) -> None:
         """Count no further."""
-        if self._counter is not None:
-            self._counter.cancel()
+        self._counter.cancel()
 
     def _look_for_data(self, ctx: CallbackContext, part: float) -> None:
         starved = part > _MUCH and ctx.data_wait - self._last[4] > _SECONDS
@@ -130,8 +138,7 @@ class ThroughputCallback(Callback):
         """What comes now is none: neither timed nor counted as one."""
         self._steps += [after - before for before, after in pairwise(self._ends)]
         self._ends = self._ends[-1:]
-        if self._counter is not None:
-            self._counter.cancel()
+        self._counter.cancel()
 
     def _speeds(self, ctx: CallbackContext) -> dict[str, float]:
         now = (perf_counter(), ctx.step, ctx.samples, ctx.tokens, ctx.data_wait)
@@ -147,7 +154,7 @@ class ThroughputCallback(Callback):
         }
         if tokens:
             speeds["speed/tokens_per_second"] = tokens / seconds
-        if self._counter is not None and self._counter.flops is not None:
+        if self._counter.flops is not None:
             each = self._counter.flops * steps / seconds / 1e12
             speeds["speed/tflops_per_second"] = each * ctx.strategy.world_size
             if self._peak is not None:

@@ -8,14 +8,11 @@ llm.c and PaLM do. Model FLOPs utilisation is the FLOPs of a second over the dev
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-
-if TYPE_CHECKING:
-    from drivetrain import CallbackContext
 
 # Dense 16-bit matrix products in TFLOP/s without sparsity, as in the makers' data sheets; the first part found in a device's name counts.
 PEAKS: dict[str, float] = {
@@ -45,35 +42,33 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 class StepCounter:
-    """Counts the FLOPs of one step of this process: on from the end of a step to the end of the next.
+    """Counts the FLOPs of one step of this process, from its start to its end: what runs between two steps is no part of one, and may
+    run on another thread.
 
     The mode sees each operation and changes none: not torch's own `FlopCounterMode`, which takes some of them apart, and the step would
     end with other last bits. A compiled model runs past it, so there is no count for one.
     """
 
-    def __init__(self, ctx: CallbackContext) -> None:
+    def __init__(self) -> None:
         self.flops: int | None = None
         self._mode: Any = None
-        self._possible = not ctx.config.compile
 
-    def step_ended(self) -> None:
-        """Begin to count, or take the count that has been made."""
-        if self._mode is not None:
-            found = self._mode.flops
-            self.cancel()
-            self.flops = found or None
-            self._possible = False
-        elif self._possible:
-            self._mode = _counting_mode()
-            self._mode.__enter__()
+    def begin(self) -> None:
+        """A step begins; what there is of an earlier one, which was skipped, does not count."""
+        self.cancel()
+        self._mode = _counting_mode()
+        self._mode.__enter__()
 
-    @property
-    def wanted(self) -> bool:
-        """Whether the end of a step still is of interest."""
-        return self._possible or self._mode is not None
+    def end(self) -> bool:
+        """A step has ended. Returns whether it was counted."""
+        if self._mode is None:
+            return False
+        self.flops = self._mode.flops or None
+        self.cancel()
+        return True
 
     def cancel(self) -> None:
-        """Stop counting; something else than the step has been computed, or the run ends. The next step is tried instead."""
+        """Stop counting; something else than the step is computed, or the run ends."""
         if self._mode is not None:
             self._mode.__exit__(None, None, None)
             self._mode = None

@@ -343,6 +343,22 @@ def test_a_nan_in_one_gradient_is_named(tmp_path: Path) -> None:
     assert isinstance(event["loss"], float)
 
 
+def test_sparse_gradients_are_judged(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.EmbeddingBag(8, 4, sparse=True), nn.Linear(4, 1))
+    data = [(torch.tensor([i % 3, 2]), torch.full((1,), math.nan if i == 9 else 1.0)) for i in range(16)]
+    config = TrainingConfig(
+        max_duration="4st",
+        per_device_batch_size=4,
+        standard_callbacks=False,
+        device="cpu",
+        output_dir=tmp_path,
+        max_grad_norm=False,
+    )
+    parts: Any = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "loss": nn.MSELoss(), "precision": Precision()}
+    Trainer(model, config, data, callbacks=[anomaly(nonfinite="skip")], **parts).train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_spikes_of_the_loss(tmp_path: Path) -> None:
     chosen = windows()
     hurt(chosen[13], "spike")

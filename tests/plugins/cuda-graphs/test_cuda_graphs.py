@@ -6,6 +6,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -18,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 import drivetrain_cuda_graphs
 from drivetrain import Callback, CallbackContext, Loss, Precision, Trainer, TrainingConfig, component, make_component
 from drivetrain_cuda_graphs import CudaGraphs
+from drivetrain_cuda_graphs.recording import recorder_for
 from drivetrain_testing import conformance
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -322,6 +325,73 @@ class TestFallingBack:
         graphed.train()
         torch.testing.assert_close(dict(plain.model.state_dict()), dict(graphed.model.state_dict()), rtol=0, atol=0)
         assert (recorder.recorded, recorder.warmed) == (1, 7)  # compared until two batches have given numbers
+
+
+class Cuda:
+    """Stands in for torch.cuda. As in torch, a recording that cannot be ended leaves its stream current and its pool open."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+        self.ends, self.open, self.used = ends, False, 0
+        self.device = torch.device("cuda", 3)
+        self.current: Any = SimpleNamespace(name="compute", device=self.device)
+        names = {"Stream": lambda device: SimpleNamespace(name="recording", device=device), "graph_pool_handle": lambda: (0, 7)}
+        names |= {"CUDAGraph": SimpleNamespace, "current_stream": lambda device: self.current}
+        names |= {"stream": self.stream, "graph": self.graph}
+        for name, value in names.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Any, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
+        before, self.current, self.open, self.used = self.current, stream, True, self.used + 1
+        try:
+            yield
+        finally:
+            if not self.ends:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            self.end(3, pool)
+            self.current = before
+            graph.replay = lambda: None
+
+    def end(self, device: int, pool: Any) -> None:
+        if not self.open:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        assert (device, pool) == (3, (0, 7))
+        self.open = False
+
+    def release(self, device: int, pool: Any) -> None:
+        self.used -= 1
+
+
+@pytest.mark.parametrize("ends", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_recording_that_fails_leaves_stream_and_pool_as_they_were(
+    ends: bool, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute() -> int:
+        assert made.current.name == "recording"
+        if fails:
+            raise ArithmeticError
+        return 1
+
+    made = Cuda(monkeypatch, ends)
+    recorder: Any = recorder_for(made.device)
+    if ends and not fails:
+        assert recorder.record(compute)[0] == 1
+    else:
+        with pytest.raises(ArithmeticError if ends else RuntimeError):
+            recorder.record(compute)
+    assert made.current.name == "compute" and not made.open
+    assert made.used == (1 if ends else 0), "torch counts those that have been ended, until the graph is gone"
 
 
 def test_memory_is_given_back(recorder: Recorder) -> None:

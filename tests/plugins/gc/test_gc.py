@@ -55,11 +55,10 @@ class Littering(Callback):
         self.left[ctx.step] = sum(found() is not None for found in self.litter)
 
 
-def run(*callbacks: Any, fails: bool = False) -> None:
+def run(*callbacks: Any, fails: bool = False, steps: int = 12, log_interval: str = "4st") -> None:
     model = nn.Linear(2, 1)
-    config = TrainingConfig(
-        max_duration="12st", per_device_batch_size=4, standard_callbacks=False, device="cpu", log_interval="4st"
-    )
+    given: Any = {"standard_callbacks": False, "device": "cpu", "log_interval": log_interval}
+    config = TrainingConfig(max_duration=f"{steps}st", per_device_batch_size=4, **given)
     data = TensorDataset(torch.ones(48, 2), torch.ones(48, 1))
 
     def loss(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -71,11 +70,27 @@ def run(*callbacks: Any, fails: bool = False) -> None:
     Trainer(model, config, data, loss=loss, optimizer=optimizer, callbacks=callbacks).train()
 
 
-def test_garbage_is_collected_at_logging_steps_and_at_no_others() -> None:
+def test_little_garbage_is_collected_at_logging_steps_and_at_no_others() -> None:
     littering = Littering()
     run(littering, GcCallback())
     assert littering.enabled == {False}
     assert [littering.left[step] for step in range(1, 13)] == [1, 2, 3, 4] * 3
+
+
+def test_much_young_garbage_does_not_wait_for_a_log() -> None:
+    """Enough of it for Python to have collected it every fourth step."""
+
+    class Much(Littering):
+        def on_step_end(self, ctx: CallbackContext) -> None:
+            super().on_step_end(ctx)
+            [Cycle() for _ in range(gc.get_threshold()[0] // 4)]
+
+    much, little = Much(), Littering()
+    run(much, GcCallback(), steps=200, log_interval="1000st")
+    assert [step for step in range(2, 201) if much.left[step] <= much.left[step - 1]] == list(range(17, 201, 16))
+    assert max(much.left.values()) <= 32 and much.enabled == {False}
+    run(little, GcCallback(), steps=40, log_interval="1000st")
+    assert little.left[40] == 40, "little may wait"
 
 
 def test_without_it_python_collects_when_it_likes() -> None:
@@ -102,7 +117,7 @@ def test_what_the_program_has_switched_off_stays_off() -> None:
 
 def test_of_several_runs_the_last_one_puts_it_back() -> None:
     first, second = GcCallback(), GcCallback()
-    ctx: Any = SimpleNamespace(device=torch.device("cpu"))
+    ctx: Any = SimpleNamespace(device=torch.device("cpu"), step=0)
     first.on_run_start(ctx)
     other = threading.Thread(target=lambda: second.on_run_start(ctx))
     other.start()

@@ -71,6 +71,20 @@ def test_the_numbers(tmp_path: Path, accumulation: int) -> None:
             assert log[f"update_ratio/{layer}"] == pytest.approx(float(change.norm() / before.norm()), rel=1e-3)
 
 
+def test_sparse_gradients_are_those_of_the_rows_together(tmp_path: Path) -> None:
+    logs = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        witness, model = Witness(), nn.Sequential(nn.EmbeddingBag(8, 4, sparse=sparse), nn.Linear(4, 1))
+        given: Any = {"max_duration": "2st", "log_interval": "1st", "per_device_batch_size": 4, "standard_callbacks": False}
+        config = TrainingConfig(**given, device="cpu", output_dir=tmp_path, max_grad_norm=0.1)
+        data = [(torch.tensor([i % 3, 2]), torch.ones(1)) for i in range(8)]
+        parts: Any = {"optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "loss": nn.MSELoss()}
+        Trainer(model, config, data, callbacks=[GradientStatsCallback(histograms=True), witness], **parts).train()
+        logs.append({name: value for log in witness.logs.values() for name, value in log.items() if "/0" in name})
+    assert len(logs[0]) == 4 and logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 def test_training_is_the_same_and_only_the_chosen_steps_are_looked_at(tmp_path: Path) -> None:
     with_stats, without = Witness(), Witness()
     trained(tmp_path, GradientStatsCallback(steps=4, histograms=True), with_stats)

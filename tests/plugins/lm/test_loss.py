@@ -84,6 +84,25 @@ class TestFormula:
             assert in_parts.dtype == torch.float32
             assert (in_parts - exactly).norm() <= 1.1 * (in_one - exactly).norm() < 0.01 * exactly.norm()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kept", [None, torch.float32])
+    def test_weights_in_16_bits_have_a_gradient_as_of_one_part(self, dtype: torch.dtype, kept: torch.dtype | None) -> None:
+        torch.manual_seed(0)
+        x, labels = torch.randn(2048, WIDTH).to(dtype), torch.randint(VOCABULARY, (2048,))
+        weight = torch.randn(VOCABULARY, WIDTH).to(dtype).requires_grad_()
+        if kept is not None and hasattr(weight, "grad_dtype"):
+            weight.grad_dtype = kept
+        exact = weight.detach().double().requires_grad_()
+        whole(x.double(), exact, labels).backward()
+        errors = []
+        for rows in (2048, 16):
+            weight.grad = None
+            linear_cross_entropy(x, weight, labels, rows).backward()
+            assert exact.grad is not None and weight.grad is not None
+            assert weight.grad.dtype == getattr(weight, "grad_dtype", dtype)
+            errors.append(float((weight.grad - exact.grad).norm() / exact.grad.norm()))
+        assert errors[1] <= 1.5 * errors[0], errors
+
     def test_a_second_derivative_is_refused(self) -> None:
         x, weight, labels = example()
         x.requires_grad_()

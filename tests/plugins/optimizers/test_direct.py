@@ -257,6 +257,38 @@ def test_sgd_follows_as_well(change: Any, momentum: float) -> None:
     pair.train(3)
 
 
+@pytest.mark.parametrize("options", [*OF_SGD, {"momentum": 0.9, "dampening": 0.5, "maximize": True}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sgd_takes_parameters_whose_gradients_come_later(options: dict[str, Any], dtype: torch.dtype, whole: list[str]) -> None:
+    """As with layers that are dropped. torch's fused step fails, but for a parameter that has a group of its own."""
+    torch.manual_seed(0)
+    start = [torch.randn(5, dtype=dtype) for _ in range(3)]
+    ours, alone, unfused = ([nn.Parameter(number.clone()) for number in start] for _ in range(3))
+    same = {"lr": 0.1, "weight_decay": 0.1, **options}
+    optimizers = [
+        direct.SGD(ours, fused=True, **same),
+        torch.optim.SGD([{"params": [parameter]} for parameter in alone], fused=True, **same),
+        torch.optim.SGD(unfused, fused=False, foreach=False, **same),
+    ]
+    for step in range(1, 9):
+        for index in range(3):
+            gradient = torch.randn(5, dtype=dtype)
+            for parameters in (ours, alone, unfused):
+                parameters[index].grad = gradient.clone() if step % (index + 1) == 0 else None
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(map(torch.equal, ours, alone))
+        torch.testing.assert_close(ours, unfused, rtol=0, atol=4 * torch.finfo(dtype).eps * step)
+    one, other = (list(optimizer.state_dict()["state"].values()) for optimizer in optimizers[:2])
+    assert len(one) == len(other) == (3 if options else 0)
+    assert all(torch.equal(mine["momentum_buffer"], its["momentum_buffer"]) for mine, its in zip(one, other, strict=True))
+    whole.clear()
+    for parameter in ours:
+        parameter.grad = torch.ones(5, dtype=dtype)
+    optimizers[0].step()
+    assert not whole, "the kernel is called at once again"
+
+
 def test_found_infinities_and_scales_are_torchs(whole: list[str]) -> None:
     pair = Pair(*ADAMW)
     pair.train(2)
@@ -409,6 +441,32 @@ print("torch._dynamo" in sys.modules)
 def imports_the_compiler(module: str, name: str) -> str:
     code = TRAIN.replace("MODULE", module).replace("CLASS", name)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        'torch.device("meta")',
+        "torch._subclasses.fake_tensor.FakeTensorMode()",
+        "torch.set_default_dtype(torch.float64) or nullcontext()",
+    ],
+)
+def test_it_works_wherever_it_was_first_imported(context: str) -> None:
+    lines = [
+        "import torch, torch._subclasses.fake_tensor",
+        "from contextlib import nullcontext",
+        f"with {context}:",
+        "    from drivetrain_optimizers.direct import AdamW",
+        "weight = torch.ones(3, dtype=torch.float32, requires_grad=True)",
+        "optimizer = AdamW([weight], fused=True)",
+        "for _ in range(3):",
+        "    weight.grad = torch.ones(3, dtype=torch.float32)",
+        "    optimizer.step()",
+        "print(float(optimizer.state[weight]['step']))",
+    ]
+    code = "\n".join(lines)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "3.0", run.stderr
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])

@@ -83,6 +83,12 @@ def is_by_products(mixed: Tensor) -> bool:
     return any("Products" in node.name() for node in found)
 
 
+def test_heads_of_no_numbers(native: bool) -> None:
+    kept = made()
+    mixed, gradients = autocast(*projected(size=0))
+    assert mixed.shape == gradients[0].shape == (2, 4, 12, 0) and kept is not None
+
+
 @pytest.mark.parametrize("options", CASES)
 def test_in_float32_it_is_as_exact_as_its_result_can_be_and_never_less_so_than_autocast(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -451,6 +451,19 @@ def test_tf32_is_set_for_the_run_and_put_back(monkeypatch: pytest.MonkeyPatch, m
     assert (precision.name, precision.reason) == ("tf32", "TF32 matrix products (compute capability 8.6)")
 
 
+def test_tf32_is_put_back_when_the_last_run_ends(monkeypatch: pytest.MonkeyPatch, matmul_precision: None) -> None:
+    pretend_cuda(monkeypatch, (8, 6))
+    first, second = Tf32(), Tf32()
+    for made in (first, second):
+        made.make_precision(context("cuda"))
+        made.on_run_start(context("cuda"))
+    first.on_run_end(context("cuda"))
+    first.on_run_end(context("cuda"))
+    assert torch.get_float32_matmul_precision() == "high"
+    second.on_run_end(context("cuda"))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 @pytest.mark.parametrize(("device", "why"), [("cpu", "no effect on 'cpu'"), ("cuda", "needs compute capability 8.0")])
 def test_tf32_changes_nothing_where_it_has_no_effect(monkeypatch: pytest.MonkeyPatch, device: str, why: str) -> None:
     pretend_cuda(monkeypatch, (7, 0))

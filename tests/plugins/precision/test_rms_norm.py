@@ -48,6 +48,13 @@ def is_mine(result: Tensor) -> bool:
     return "_RmsNorm" in str(result.grad_fn)
 
 
+def test_rows_of_no_numbers(precision: Precision) -> None:
+    x, weight, grad = inputs(3, 0)
+    mine = normed(x, weight, None)
+    mine.backward(grad)
+    assert mine.shape == (3, 0) and x.grad is not None and x.grad.shape == (3, 0)
+
+
 @pytest.mark.parametrize("shape", [(6, 64), (3, 5, 24), (7,)])
 @pytest.mark.parametrize("eps", [None, 1e-6, 0.1])
 def test_values_and_gradients(precision: Precision, shape: tuple[int, ...], eps: float | None) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -305,6 +306,73 @@ def test_evaluation_in_between_is_not_counted_as_a_step() -> None:
     disturbed = attend(ThroughputCallback(peak_tflops=1.0), eval_interval="2st")[-1]
     per_step = [row["speed/tflops_per_second"] / row["speed/steps_per_second"] for row in (whole, disturbed)]
     assert per_step[0] == pytest.approx(per_step[1], rel=1e-9)
+
+
+def stepped(width: int, log_interval: str = "3st", steps: str = "12st") -> tuple[Trainer, Watch]:
+    watch, data = Watch(), torch.utils.data.TensorDataset(torch.randn(48, 4), torch.randn(48, 1))
+    config = TrainingConfig(
+        max_duration=steps, log_interval=log_interval, per_device_batch_size=4, standard_callbacks=False, device="cpu"
+    )
+    model = nn.Sequential(nn.Linear(4, width), nn.Tanh(), nn.Linear(width, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given: Any = {"callbacks": [ThroughputCallback(), watch], "precision": Precision(), "loss": nn.MSELoss()}
+    return Trainer(model, config, data, optimizer=optimizer, **given), watch
+
+
+def flops(watch: Watch) -> int:
+    """Of one step."""
+    return round(watch.seen[-1]["speed/tflops_per_second"] * 1e12 / watch.seen[-1]["speed/steps_per_second"])
+
+
+def test_what_runs_between_steps_is_not_counted() -> None:
+    """2 · 4 rows · width · (4 inputs, forward and backward of the weight; 1 output, and of its input)."""
+    (first, watch), (second, other) = stepped(8), stepped(512)
+    for _ in zip(first.steps(), second.steps(), strict=False):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+    assert flops(watch) == 2 * 4 * 8 * (2 * 4 + 3 * 1)
+    assert flops(other) == 2 * 4 * 512 * (2 * 4 + 3 * 1)
+
+
+def test_steps_may_come_from_several_threads() -> None:
+    trainer, watch = stepped(8)
+    steps, left = trainer.steps(), object()
+    while left is not None:
+        with ThreadPoolExecutor(1) as pool:
+            left = pool.submit(next, steps, None).result()
+    assert flops(watch) == 2 * 4 * 8 * (2 * 4 + 3 * 1)
+
+
+def test_runs_that_log_every_step_are_counted() -> None:
+    trainer, watch = stepped(8, log_interval="1st")
+    trainer.train()
+    assert flops(watch) == 2 * 4 * 8 * (2 * 4 + 3 * 1)
+
+
+def test_a_skipped_step_is_not_counted() -> None:
+    """The two after the first overflow."""
+
+    class Skips(Precision):
+        scales, tries = True, 0
+
+        def scale(self, loss: torch.Tensor) -> torch.Tensor:
+            return loss
+
+        def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+            return None
+
+        def step(self, optimizer: torch.optim.Optimizer) -> bool:
+            self.tries += 1
+            return self.tries not in (2, 3)
+
+    (watch, data), model = (Watch(), torch.utils.data.TensorDataset(torch.randn(48, 4), torch.randn(48, 1))), nn.Linear(4, 1)
+    config = TrainingConfig(
+        max_duration="6st", log_interval="6st", per_device_batch_size=4, standard_callbacks=False, device="cpu"
+    )
+    given: Any = {"callbacks": [ThroughputCallback(), watch], "precision": Skips(), "loss": nn.MSELoss()}
+    trainer = Trainer(model, config, data, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **given)
+    trainer.train()
+    assert trainer.ctx.skipped_steps == 2
+    assert flops(watch) == 2 * (2 * 4 * 4)
 
 
 def test_counting_may_be_left_out_and_ends_with_the_run() -> None:
