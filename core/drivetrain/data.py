@@ -239,8 +239,8 @@ class StreamSource(Source):
             yield Window([batch for batch, _ in mine], [count for _, count in mine], total)
 
     def is_read_once(self) -> bool:
-        data = getattr(self.data, "dataset", None)
-        if not isinstance(data, IterableDataset) or getattr(self.data, "num_workers", 0):  # each worker reads a copy of its own
+        data, workers = getattr(self.data, "dataset", None), getattr(self.data, "num_workers", 0)
+        if not isinstance(data, IterableDataset) or workers:  # each worker reads a copy of its own
             return False
         return iter(data) is iter(data)
 
