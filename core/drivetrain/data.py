@@ -7,6 +7,7 @@ sitting stopped. The samples of a step do not depend on how many ranks share the
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -31,6 +32,11 @@ from drivetrain.loading import (
 )
 from drivetrain.loss import samples_in
 from drivetrain.rng import isolated, mix
+
+_ONE_WORKER = (
+    "dataloader.num_workers = {}, but a stream is read by one worker process: each of several would yield all of it. To divide a stream "
+    "among several, give a DataLoader."
+)
 
 
 class Window(NamedTuple):
@@ -265,7 +271,8 @@ def make_source(
     """The source for any kind of training data.
 
     Args:
-        data: a map-style data set (`__len__` and `__getitem__`), an iterable one, or an iterable of ready batches such as a DataLoader.
+        data: a map-style data set (`__len__` and `__getitem__`), an iterable of samples, or a DataLoader of ready batches; an iterable of
+            such becomes one by DataLoader(batches, batch_size=None).
         split: how a step is divided; ready batches keep their own size.
         seed: fixes the order and the augmentation.
 
@@ -295,7 +302,9 @@ def make_source(
 
 
 def _stream_loader(data: Any, batch_size: int, loader: DataLoaderConfig, collate: Collate | None, pin: bool) -> DataLoader[Any]:
-    workers = min(loader.num_workers, 1)  # more would each yield the whole stream
+    workers = min(loader.num_workers, 1)
+    if loader.num_workers > 1:
+        warnings.warn(_ONE_WORKER.format(loader.num_workers), stacklevel=2)
     return DataLoader(
         data if isinstance(data, IterableDataset) else Stream(data),
         batch_size=batch_size,

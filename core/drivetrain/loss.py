@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from drivetrain.errors import ModelError
+
+_UNKNOWN = (
+    "how many samples a batch of the class {} holds is not known, and it counts as one: lengths in samples, and means over batches of "
+    "unequal size, are not exact. Give a tensor, or a mapping, tuple or dataclass of tensors."
+)
 
 
 class Loss(NamedTuple):
@@ -67,7 +74,8 @@ def describe(value: Any) -> str:
 
 
 def map_tensors(value: Any, do: Callable[[Tensor], Any], others: Callable[[Any], Any] = lambda other: other) -> Any:
-    """The same nested mappings, lists and tuples with `do` applied to the tensors in them, and `others` to whatever else they hold."""
+    """The same nested mappings, lists, tuples and dataclasses with `do` applied to the tensors in them, and `others` to whatever else
+    they hold."""
     if isinstance(value, Tensor):
         return do(value)
     if isinstance(value, Mapping):
@@ -76,20 +84,40 @@ def map_tensors(value: Any, do: Callable[[Tensor], Any], others: Callable[[Any],
         return type(value)(*(map_tensors(item, do, others) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(item, do, others) for item in value)
+    if (held := fields_of_dataclass(value)) is not None:
+        return replace(value, **{name: map_tensors(item, do, others) for name, item in held.items()})
     return others(value)
 
 
+def fields_of_dataclass(value: Any) -> dict[str, Any] | None:
+    """What an object of a dataclass was made of, by name; None for any other."""
+    if not is_dataclass(value) or isinstance(value, type):
+        return None
+    return {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+
+
 def samples_in(batch: Any) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor, or 1."""
+    """How many samples a batch holds: the first dimension of its first tensor, or 1. Objects of unknown classes are warned of."""
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    for part in parts:
+    for part in _parts(batch):
         if isinstance(part, Tensor) and part.dim():
             return part.shape[0]
-        if isinstance(part, (Mapping, tuple, list)):
+        if isinstance(part, (Mapping, tuple, list)) or is_dataclass(part):
             return samples_in(part)
     return 1
+
+
+def _parts(batch: Any) -> Iterable[Any]:
+    if isinstance(batch, Mapping):
+        return batch.values()
+    if isinstance(batch, (tuple, list)):
+        return batch
+    if (held := fields_of_dataclass(batch)) is not None:
+        return held.values()
+    if not isinstance(batch, (str, bytes, int, float, type(None))):
+        warnings.warn(_UNKNOWN.format(type(batch).__name__), stacklevel=3)
+    return ()
 
 
 def tokens_in(batch: Any) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from drivetrain.data import Window
-from drivetrain.loss import samples_in
+from drivetrain.loss import fields_of_dataclass, samples_in
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -53,6 +54,8 @@ def _rows(batch: Any, begin: int, end: int, size: int) -> Any:
         return type(batch)(*(_rows(value, begin, end, size) for value in batch))
     if isinstance(batch, (tuple, list)) and any(isinstance(value, (Tensor, Mapping, tuple, list)) for value in batch):
         return type(batch)(_rows(value, begin, end, size) for value in batch)
+    if (held := fields_of_dataclass(batch)) is not None:
+        return replace(batch, **{name: _rows(value, begin, end, size) for name, value in held.items()})
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == size:
         return batch[begin:end]
     return batch

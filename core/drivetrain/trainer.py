@@ -43,7 +43,7 @@ class Trainer:
     Args:
         model: any `nn.Module`; None builds the one that the configuration names.
         args: the configuration; None for the defaults.
-        train_dataset: a map-style or iterable data set, or an iterable of ready batches such as a DataLoader.
+        train_dataset: a map-style data set, an iterable of samples, or a DataLoader, whose batches are taken as they are.
         eval_dataset: the same for evaluation.
         callbacks: callback objects, after those of the configuration.
         loss: `loss(outputs, targets)` for batches that are pairs, `loss(outputs, batch)` otherwise; not needed when the model

@@ -210,7 +210,8 @@ def test_streams() -> None:
         windows = epoch_of(data, accumulation=2)
         assert [[len(batch) for batch in window] for window in windows] == [[4, 4], [3]]
     assert torch.cat([b for w in epoch_of(Stream(), 0, 1, accumulation=2) for b in w]).tolist() == [8, 9, 10]
-    with_workers = epoch_of(Stream(), loader={"num_workers": 2})
+    with pytest.warns(UserWarning, match="num_workers = 2, but a stream is read by one worker process"):
+        with_workers = epoch_of(Stream(), loader={"num_workers": 2})
     assert torch.cat([b for w in with_workers for b in w]).tolist() == list(range(11)), (
         "two workers must not yield the stream twice"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import cProfile
+import dataclasses
 import errno
 import math
 import multiprocessing
@@ -1195,3 +1196,57 @@ def test_auxiliary_gradients_are_the_steps_own_and_leave_the_training_alone() ->
     loss.mean().backward()
     torch.testing.assert_close(found[0][0], torch.cat([p.grad.reshape(-1) for p in model.parameters()]), rtol=1e-6, atol=1e-7)
     assert found[0][1] == float(loss.weight)
+
+
+@dataclasses.dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str = "pair"
+
+
+def pairs(batch: list[Any]) -> Pair:
+    return Pair(*map(torch.stack, zip(*batch, strict=True)))
+
+
+def square(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.mse_loss(model(batch.x), batch.y)
+
+
+def test_batches_that_are_dataclasses_count_their_samples() -> None:
+    """In evaluation, with accumulation and in lengths: 24 samples in batches of 10, 10 and 4."""
+    found = []
+    for collate in (None, pairs):
+        model = mlp()
+        cfg = config(max_duration="40sp", per_device_batch_size=10, gradient_accumulation_steps=2, log_interval="1st")
+        parts = {"loss": nn.MSELoss()} if collate is None else {"step": square, "data_collator": collate}
+        made = Trainer(model, cfg, regression(24), regression(24, seed=2), optimizer=own(model), **parts)
+        output = made.train()
+        found.append((output.steps, output.losses, made.evaluate()["eval/loss"]))
+    assert found[0] == found[1]
+
+
+def test_a_batch_that_is_a_dataclass_is_divided_when_memory_runs_out() -> None:
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(len(batch.x))
+        if len(batch.x) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return square(model, batch)
+
+    seen: list[int] = []
+    model = mlp()
+    cfg = config(max_duration="1st", per_device_batch_size=8)
+    with pytest.warns(UserWarning, match="out of memory"):
+        Trainer(model, cfg, regression(), step=step, data_collator=pairs, optimizer=own(model)).train()
+    assert seen == [8, 4, 2, 2, 2, 2]
+
+
+def test_a_batch_of_an_unknown_class_is_warned_of() -> None:
+    class Opaque:
+        def __init__(self, batch: list[Any]) -> None:
+            self.x, self.y = map(torch.stack, zip(*batch, strict=True))
+
+    model = mlp()
+    loader = torch.utils.data.DataLoader(regression(), 4, collate_fn=Opaque)
+    with pytest.warns(UserWarning, match="a batch of the class Opaque holds is not known"):
+        Trainer(model, config(max_duration="1st"), loader, step=square, optimizer=own(model)).train()
