@@ -219,6 +219,9 @@ class CallbackContext:
         Args:
             batch_size: samples of a microbatch, in place of the run's; those of a step stay the same.
             num_workers: processes that fetch them, in place of the run's.
+
+        Raises:
+            DataError: when the data is an iterator, which can be read only once.
         """
         return self.run.rehearsal(batch_size, num_workers)
 

@@ -107,6 +107,10 @@ class Source:
         """The windows of an epoch from step `start` on. Work that earlier steps would have done is done before this returns."""
         raise NotImplementedError
 
+    def is_read_once(self) -> bool:
+        """Whether what has been read is gone, and opening anew goes on behind it. May draw random numbers."""
+        return False
+
     def close(self) -> None:
         """End worker processes; opening starts new ones."""
 
@@ -233,6 +237,12 @@ class StreamSource(Source):
             mine = [self._mine(batches_of_round) for batches_of_round in rounds]
             total = sum(samples_in(batch) for batch in step) * (self.split.world_size if self._divided else 1)
             yield Window([batch for batch, _ in mine], [count for _, count in mine], total)
+
+    def is_read_once(self) -> bool:
+        data = getattr(self.data, "dataset", None)
+        if not isinstance(data, IterableDataset) or getattr(self.data, "num_workers", None):  # each worker reads a copy of its own
+            return False
+        return iter(data) is iter(data)
 
     def close(self) -> None:
         if isinstance(self._loader, Loader):  # another is its owner's

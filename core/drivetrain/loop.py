@@ -438,7 +438,7 @@ class Loop:
     def _end_epoch(self, start: tuple[int, int]) -> None:
         ctx = self.ctx
         if ctx.step_in_epoch == 0:
-            raise DataError(_no_batch(ctx.epoch))
+            raise DataError(no_batch(ctx.epoch))
         if self.events.epoch_end is not None:
             self.events.epoch_end(ctx)
         ctx.epoch, ctx.step_in_epoch = start[0] + 1, 0
@@ -521,7 +521,8 @@ def _at_least_one(weight: Tensor | float) -> Tensor | float:
     return weight.detach().clamp(min=1.0) if isinstance(weight, Tensor) else max(weight, 1.0)
 
 
-def _no_batch(epoch: int) -> str:
+def no_batch(epoch: int) -> str:
+    """What to say of an epoch in which nothing came."""
     if epoch == 0:
         return (
             "train data: the stream gave no batch, so nothing can be trained on. Look at where its samples come from; "

@@ -15,9 +15,15 @@ from torch import Tensor
 
 from drivetrain.context import CallbackContext
 from drivetrain.data import Source, Window
+from drivetrain.errors import DataError
 from drivetrain.hooks import Events, RunPluginManager
-from drivetrain.loop import Loop
+from drivetrain.loop import Loop, no_batch
 from drivetrain.rng import random_state, set_random_state
+
+_READ_ONCE = (
+    "train data: an iterator gives each sample once, and the steps tried here would take them from the run. Give an iterable "
+    "whose __iter__ begins anew, or leave out the finder."
+)
 
 
 @contextmanager
@@ -26,6 +32,9 @@ def rehearsal(ctx: CallbackContext, loop: Loop, source: Source) -> Iterator[Call
 
     No component hears of it. Afterwards weights, buffers, optimizer, precision and random numbers are as before, bit by bit; until
     then a copy of them takes memory.
+
+    Raises:
+        DataError: when the data can be read only once, so that the run would lack what is read here.
     """
     put_back = _kept(ctx)
     events, loop.events = loop.events, Events(RunPluginManager())
@@ -39,6 +48,8 @@ def rehearsal(ctx: CallbackContext, loop: Loop, source: Source) -> Iterator[Call
         return ctx.loss_tensor
 
     try:
+        if source.is_read_once():
+            raise DataError(_READ_ONCE)
         yield step
     finally:
         loop.events = events
@@ -49,7 +60,11 @@ def rehearsal(ctx: CallbackContext, loop: Loop, source: Source) -> Iterator[Call
 def _windows(ctx: CallbackContext, source: Source) -> Iterator[Window]:
     epoch, start = ctx.epoch, ctx.step_in_epoch
     while True:
-        yield from source.open(epoch, start)
+        window = None
+        for window in source.open(epoch, start):
+            yield window
+        if window is None and start == 0:
+            raise DataError(no_batch(epoch))
         epoch, start = epoch + 1, 0
 
 

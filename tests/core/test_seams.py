@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
-from drivetrain import Callback, Precision, Trainer, TrainingConfig, at_hand, component, hook
+from drivetrain import Callback, DataError, Precision, Trainer, TrainingConfig, at_hand, component, hook
 
 
-def trainer(folder: Path, *callbacks: Any, fused: bool = False, optimizer: Any = None, **options: Any) -> Trainer:
+def trainer(
+    folder: Path, *callbacks: Any, fused: bool = False, optimizer: Any = None, data: Any = None, **options: Any
+) -> Trainer:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1))
-    data = [(torch.randn(2), torch.randn(1)) for _ in range(24)]
+    rows = [(torch.randn(2), torch.randn(1)) for _ in range(24)]
+    data = rows if data is None else data
     given = {
         "max_duration": "1ep",
         "per_device_batch_size": 2,
@@ -177,6 +182,58 @@ def test_a_rehearsal_puts_back_an_optimizer_that_keeps_its_state_elsewhere(tmp_p
         return made
 
     assert torch.equal(weights(run(True).ctx), weights(run(False).ctx))
+
+
+class _Stream(IterableDataset[Any]):
+    """Samples that a new iterator gives anew, or one iterator for good."""
+
+    def __init__(self, size: int, *, once: bool) -> None:
+        self.size = size
+        self.only = self._samples() if once else None
+
+    def _samples(self) -> Iterator[Any]:
+        return ((torch.full((2,), float(number)), torch.zeros(1)) for number in range(self.size))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._samples() if self.only is None else self.only
+
+
+def rehearsed(folder: Path, data: Any, steps: int, **options: Any) -> list[float]:
+    """The first number of each batch of a run of three steps, before which some others are rehearsed."""
+    seen: list[float] = []
+
+    @component
+    class Rehearse(Callback):
+        def on_run_start(self, ctx: Any) -> None:
+            if steps:
+                with ctx.rehearsal() as step:
+                    for _ in range(steps):
+                        step()
+
+        def on_batch(self, ctx: Any) -> None:
+            seen.append(float(ctx.batch[0][0, 0]))
+
+    trainer(folder, Rehearse(), data=data, max_duration="3st", **options).train()
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["an iterator", "a stream of one", "a loader of one"])
+def test_a_rehearsal_does_not_take_samples_that_are_given_once(tmp_path: Path, kind: str) -> None:
+    def once() -> Any:
+        data = _Stream(24, once=True)
+        return {"an iterator": data.only, "a stream of one": data, "a loader of one": DataLoader(data, batch_size=2)}[kind]
+
+    assert rehearsed(tmp_path, once(), steps=0) == [0.0, 2.0, 4.0]
+    with pytest.raises(DataError, match="an iterator gives each sample once"):
+        rehearsed(tmp_path, once(), steps=2)
+
+
+def test_a_rehearsal_reads_a_stream_that_begins_anew(tmp_path: Path) -> None:
+    assert rehearsed(tmp_path, _Stream(24, once=False), steps=15) == [0.0, 2.0, 4.0], "over its end"
+    worker = {"dataloader": {"num_workers": 1}}  # reads a copy
+    assert rehearsed(tmp_path, _Stream(24, once=False), steps=2, **worker) == [0.0, 2.0, 4.0]
+    with pytest.raises(DataError, match="gave no batch"):
+        rehearsed(tmp_path, _Stream(0, once=False), steps=1)
 
 
 def test_a_rehearsal_puts_back_a_learning_rate_that_is_a_tensor(tmp_path: Path) -> None:
