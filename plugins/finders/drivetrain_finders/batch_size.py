@@ -56,6 +56,8 @@ class BatchSizeFinderCallback(Callback):
 
     def _fits(self, ctx: CallbackContext, size: int) -> bool:
         """Two steps, since an optimizer makes its state in the first."""
+        if ctx.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(ctx.device)  # of whatever this process has done before
         try:
             with ctx.rehearsal(size) as step:
                 for _ in range(2):

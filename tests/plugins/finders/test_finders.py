@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import csv
 import math
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -136,6 +138,23 @@ def test_the_largest_microbatch_that_fits(tmp_path: Path, limit: float, expected
     assert run.ctx.samples == alone.ctx.samples == 96
     for name, value in run.model.state_dict().items():
         assert torch.allclose(value, alone.model.state_dict()[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(("used", "fits"), [(50, True), (95, False)])
+def test_headroom_counts_the_peak_of_the_trial_alone(monkeypatch: pytest.MonkeyPatch, used: int, fits: bool) -> None:
+    """A pretended GPU of 100 bytes, nearly full once before the trial."""
+    peak = [99]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1, 100))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+    def step() -> None:
+        peak[0] = max(peak[0], used)
+
+    ctx: Any = SimpleNamespace(device=torch.device("cuda"), rehearsal=lambda size: nullcontext(step))
+    assert BatchSizeFinderCallback()._fits(ctx, 1) is fits
 
 
 def test_nothing_fits(tmp_path: Path) -> None:
