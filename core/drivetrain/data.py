@@ -240,7 +240,9 @@ class StreamSource(Source):
 
     def is_read_once(self) -> bool:
         data = getattr(self.data, "dataset", None)
-        if not isinstance(data, IterableDataset) or getattr(self.data, "num_workers", None):  # each worker reads a copy of its own
+        if not isinstance(data, IterableDataset) or getattr(
+            self.data, "num_workers", None
+        ):  # each worker reads a copy of its own
             return False
         return iter(data) is iter(data)
 
