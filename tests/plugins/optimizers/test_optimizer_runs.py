@@ -119,6 +119,28 @@ def test_a_restored_run_ends_bit_equal(name: str | dict[str, Any]) -> None:
     assert not equal(first.model, straight.model)
 
 
+@pytest.mark.parametrize("spec", [*({"use": name, "lr": lr} for name, lr in RATES.items()), ROUTED], ids=lambda s: s["use"])
+def test_a_rehearsal_leaves_no_trace_in_any_optimizer(spec: dict[str, Any]) -> None:
+    """Before the first step, when there is no state yet, and when there is."""
+
+    @component
+    class Rehearse(Callback):
+        def on_run_start(self, ctx: CallbackContext) -> None:
+            with ctx.rehearsal() as step:
+                for _ in range(3):
+                    step()
+
+    def run(*callbacks: Callback) -> nn.Module:
+        made = trainer(make_model(), spec, *callbacks, steps=6)
+        for step in made.steps():
+            if step.number == 3:
+                break
+        made.train()
+        return made.model
+
+    assert equal(run(Rehearse()), run())
+
+
 def test_the_schedule_moves_every_group_of_muon_and_adamw() -> None:
     made = trainer(make_model(), {"use": "muon_torch", "lr": 0.02, "adamw_lr": 0.001}, steps=3, factor=0.5)
     before = {name: p.clone() for name, p in made.model.named_parameters()}
