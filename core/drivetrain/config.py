@@ -207,7 +207,8 @@ class TrainingConfig:
     def explain(self) -> list[tuple[str, Any, str]]:
         """Every value with its dotted key and origin, the options of components included; secrets are left out."""
         rows = []
-        for key, value in flatten(self.to_dict(full=True, secrets=False)).items():
+        full = self.to_dict(full=True, secrets=False)
+        for key, value in flatten({f.name: full.get(f.name) for f in _fields()}).items():
             named = key in self._origins or any(key.startswith(f"{k}.") and "." in k for k in self._origins)
             top = key.split(".")[0].split("[")[0]
             nested = key != top
@@ -279,7 +280,8 @@ class TrainingConfig:
         """The configuration as plain data that `from_table` reads.
 
         Args:
-            full: write every option of every component with its default, and leave out keys whose value is None.
+            full: write every option of every component with its default, leave out keys without a value, and write false for those
+                whose value was taken away (`eval_interval`).
             secrets: False puts "(not recorded)" in the place of what a key such as `api_key` holds.
         """
         table: dict[str, Any] = {}
@@ -293,7 +295,7 @@ class TrainingConfig:
             else:
                 table[f.name] = _plain(value)
         table = table if secrets else without_secrets(table)
-        return {k: v for k, v in table.items() if v is not None} if full else table
+        return _readable(table) if full else table
 
     @_with_files
     def save(self, path: str | Path) -> None:
@@ -310,14 +312,7 @@ class TrainingConfig:
         if nameless:
             why = "has no name that a file could hold; give it an entry point, or a Python file named in `plugins`"
             raise ConfigError([Problem(key, f"{type(thing).__name__} {why}") for key, thing in nameless])
-        table = {
-            k: False if v is None and f.default is not None else v for f in _fields() for k, v in [(f.name, self._plain(f))]
-        }
-        write_table(Path(path), without_secrets({k: v for k, v in table.items() if v is not None}))
-
-    def _plain(self, f: attrs.Attribute[Any]) -> Any:
-        value = getattr(self, f.name)
-        return [_plain(v) for v in value] if f.name == "callbacks" else _plain(value)
+        write_table(Path(path), without_secrets(_readable(self.to_dict())))
 
 
 @attrs.frozen
@@ -457,6 +452,12 @@ def _plain(value: Any) -> Any:
         given = value.options().items()  # what is none and not by default is written as false: TOML has no word for it
         return {"use": _name_of(value), **{k: False if v is None and defaults[k] is not None else v for k, v in given}}
     return unstructure(value)
+
+
+def _readable(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that have a value, and false for those whose default was taken away: files have no word for None."""
+    taken = {f.name for f in _fields() if f.default is not None}
+    return {k: False if v is None else v for k, v in table.items() if v is not None or k in taken}
 
 
 def _name_of(thing: Component) -> str:

@@ -110,6 +110,18 @@ def test_origins(tmp_path: Path) -> None:
     assert rows["seed"] == (6, "python")
 
 
+def test_what_is_taken_away_and_what_is_not_set_are_explained_as_well(tmp_path: Path) -> None:
+    path = write(tmp_path, "max_grad_norm = false\n")
+    config = load_training_config(path, ["eval_interval=false", "run_name=false"])
+    rows = {key: (value, origin) for key, value, origin in config.explain()}
+    assert rows["max_grad_norm"] == (False, "run.toml")
+    assert rows["eval_interval"] == (False, "override")
+    assert rows["run_name"] == (None, "override")
+    assert rows["global_batch_size"] == (None, "default")
+    assert {key.split(".")[0] for key in rows} == set(config.to_dict())
+    assert TrainingConfig.from_table(config.to_dict(full=True)).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -58,10 +58,8 @@ def _plot(config: TrainingConfig, arguments: argparse.Namespace) -> None:
 
 
 def _show(config: TrainingConfig, arguments: argparse.Namespace) -> None:
-    plain, defaults = config.to_dict(secrets=False), type(config)().to_dict()
-    unset = {key: None if defaults[key] is None else False for key, value in plain.items() if value is None}
-    full = {**unset, **config.to_dict(full=True, secrets=False)}
-    print(clean_lines("\n".join(toml_lines({key: full[key] for key in plain}))))
+    full = config.to_dict(full=True, secrets=False)
+    print(clean_lines("\n".join(toml_lines({key: full.get(key) for key in config.to_dict()}))))
 
 
 def _explain(config: TrainingConfig, arguments: argparse.Namespace) -> None:
