@@ -80,7 +80,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
 
 
 def test_a_device_that_may_need_more_is_not_called_available() -> None:
-    with pytest.raises(ConfigError, match="Available: cpu[^;]*'auto'; where there is what they need, also .*tpu, xla"):
+    with pytest.raises(ConfigError, match=r"Available: cpu[^;]*'auto'; where there is what they need, also .*tpu, xla"):
         DeviceManager("foo")
 
 
