@@ -14,6 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_arg
 import attrs
 import tomli
 
+from drivetrain.catalogue import STANDARD_CALLBACKS
 from drivetrain.cluster import detect
 from drivetrain.components import Component, fields_of, make_component
 from drivetrain.duration import Duration
@@ -217,7 +218,8 @@ class TrainingConfig:
     def explain(self) -> list[tuple[str, Any, str]]:
         """Every value with its dotted key and origin, the options of components included; secrets are left out."""
         rows = []
-        for key, value in flatten(self.to_dict(full=True, secrets=False)).items():
+        full = self.to_dict(full=True, secrets=False)
+        for key, value in flatten({f.name: full.get(f.name) for f in _fields()}).items():
             named = key in self._origins or any(key.startswith(f"{k}.") and "." in k for k in self._origins)
             top = key.split(".")[0].split("[")[0]
             nested = key != top
@@ -289,7 +291,8 @@ class TrainingConfig:
         """The configuration as plain data that `from_table` reads.
 
         Args:
-            full: write every option of every component with its default, and leave out keys whose value is None.
+            full: write every option of every component with its default, leave out keys without a value, and write false for those
+                whose value was taken away (`eval_interval`).
             secrets: False puts "(not recorded)" in the place of what a key such as `api_key` holds.
         """
         table: dict[str, Any] = {}
@@ -303,7 +306,7 @@ class TrainingConfig:
             else:
                 table[f.name] = _plain(value)
         table = table if secrets else without_secrets(table)
-        return {k: v for k, v in table.items() if v is not None} if full else table
+        return _readable(table) if full else table
 
     @_with_files
     def save(self, path: str | Path) -> None:
@@ -320,14 +323,7 @@ class TrainingConfig:
         if nameless:
             why = "has no name that a file could hold; give it an entry point, or a Python file named in `plugins`"
             raise ConfigError([Problem(key, f"{type(thing).__name__} {why}") for key, thing in nameless])
-        table = {
-            k: False if v is None and f.default is not None else v for f in _fields() for k, v in [(f.name, self._plain(f))]
-        }
-        write_table(Path(path), without_secrets({k: v for k, v in table.items() if v is not None}))
-
-    def _plain(self, f: attrs.Attribute[Any]) -> Any:
-        value = getattr(self, f.name)
-        return [_plain(v) for v in value] if f.name == "callbacks" else _plain(value)
+        write_table(Path(path), without_secrets(_readable(self.to_dict())))
 
 
 @attrs.frozen
@@ -469,6 +465,12 @@ def _plain(value: Any) -> Any:
     return unstructure(value)
 
 
+def _readable(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that have a value, and false for those whose default was taken away: files have no word for None."""
+    taken = {f.name for f in _fields() if f.default is not None}
+    return {k: False if v is None else v for k, v in table.items() if v is not None or k in taken}
+
+
 def _name_of(thing: Component) -> str:
     """The name by which a file can ask for a component made in Python; its class's where nobody provides it."""
     cls, known = type(thing), thing.plugin_name.partition(":")[2].partition("#")[0]
@@ -562,6 +564,8 @@ def _checked_callbacks(value: Any) -> list[Spec]:
     for index, spec in enumerate(value):
         if not isinstance(spec, Component) and not _use(spec):
             problems.append(Problem(f"callbacks[{index}]", f"expected a name or a table with the key 'use', got {spec!r}"))
+        elif (name := _use(spec)) in STANDARD_CALLBACKS and name in map(_use, result):  # others may well be, such as ema
+            problems.append(Problem(f"callbacks[{index}]", f"{name!r} cannot be there twice: leave one out"))
         result.append(spec)
     if problems:
         raise ConfigError(problems)

@@ -66,8 +66,9 @@ class ConfigError(DrivetrainError):
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the nearest of `known`, or an empty string when none is near."""
+    """`" Did you mean 'x'?"` for the nearest of `known`, in capitals or not, or an empty string when none is near."""
     import difflib  # 6 ms that only an error should cost
 
-    near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    names = {one.casefold(): one for one in sorted(known)}
+    near = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=0.6)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""

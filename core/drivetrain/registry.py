@@ -234,6 +234,10 @@ def load(kind: str, name: str) -> object:
 
 def _unknown(kind: str, name: str, bare: str, known: dict[str, list[Candidate]]) -> str:
     said = f"no plugin named {name!r} of the kind {kind}."
+    if bare in known:
+        homes = [c.distribution for c in known[bare]]
+        right = [bare] if len(homes) == 1 else [f"{home}:{bare}" for home in homes]
+        return f"{said} {bare!r} comes from {', '.join(homes)}: write {' or '.join(map(repr, right))}."
     if (home := distribution_of(kind, bare)) is not None:
         hidden = f" or look at {SWITCH}={os.environ[SWITCH]!r}, which may hide it" if SWITCH in os.environ else ""
         return f"{said} It comes with {home}: pip install {home}{hidden}"

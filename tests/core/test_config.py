@@ -73,12 +73,26 @@ def test_all_problems_come_at_once_with_their_places(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_standard_callbacks_are_there_once() -> None:
+    """Two would write each value twice, or contend for the run's directory."""
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(callbacks=["progress", {"use": "checkpoint"}, "ema", "checkpoint", {"use": "ema", "decay": 0.9}])
+    assert problems(caught) == {"callbacks[3]": "'checkpoint' cannot be there twice: leave one out"}
+
+
 def test_a_text_is_never_a_number() -> None:
     for wrong in ("3e-4", True, [1.0], {}, float("nan"), -1):
         with pytest.raises(ConfigError):
             TrainingConfig(max_grad_norm=wrong)
     assert TrainingConfig(max_grad_norm=1).max_grad_norm == 1.0
     assert TrainingConfig(max_grad_norm=False).max_grad_norm is None
+
+
+@pytest.mark.parametrize("key", ["max_grad_norm", "eval_interval", "global_batch_size"])
+@pytest.mark.parametrize("word", ["null", "none", "None"])
+def test_the_word_for_none_is_named(key: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: expected .*'{word}'.* \(none is written false\)$"):
+        TrainingConfig(**{key: word})
 
 
 @pytest.mark.parametrize("name", ["QLORA", "qlora", "QLoRA"])
@@ -108,6 +122,18 @@ def test_origins(tmp_path: Path) -> None:
     assert rows["dataloader.prefetch_factor"] == (2, "default")
     assert rows["compile"] == (False, "default")
     assert rows["seed"] == (6, "python")
+
+
+def test_what_is_taken_away_and_what_is_not_set_are_explained_as_well(tmp_path: Path) -> None:
+    path = write(tmp_path, "max_grad_norm = false\n")
+    config = load_training_config(path, ["eval_interval=false", "run_name=false"])
+    rows = {key: (value, origin) for key, value, origin in config.explain()}
+    assert rows["max_grad_norm"] == (False, "run.toml")
+    assert rows["eval_interval"] == (False, "override")
+    assert rows["run_name"] == (None, "override")
+    assert rows["global_batch_size"] == (None, "default")
+    assert {key.split(".")[0] for key in rows} == set(config.to_dict())
+    assert TrainingConfig.from_table(config.to_dict(full=True)).to_dict() == config.to_dict()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 
 from drivetrain import PluginError, registry
 from drivetrain.catalogue import FIRST_PARTY
+from drivetrain.errors import suggest
 
 Install = Callable[..., None]
 
@@ -78,6 +79,23 @@ def test_unknown_names(install: Install, monkeypatch: pytest.MonkeyPatch) -> Non
         registry.find("optimizer", "absent")
     with pytest.raises(PluginError, match=r"Did you mean 'absent'\? \(pip install drivetrain-absent\)$"):
         registry.find("optimizer", "abssent")
+
+
+@pytest.mark.parametrize("name", ["Adamw", "AdamW", "ADAMW", "adamW", "AdanW"])
+def test_the_nearest_name_is_found_in_capitals_too(name: str) -> None:
+    assert suggest(name, ["adam", "adamw", "sgd"]) == " Did you mean 'adamw'?"
+    assert suggest("run", ["RUN"]) == " Did you mean 'RUN'?"
+
+
+def test_a_distribution_that_does_not_have_the_name(install: Install) -> None:
+    install("one-dist", "mod_one_f", "[drivetrain.optimizer]\nzeta = mod_one_f:Thing\n")
+    with pytest.raises(
+        PluginError, match=r"named 'foo:zeta' of the kind optimizer\. 'zeta' comes from one-dist: write 'zeta'\.$"
+    ):
+        registry.find("optimizer", "foo:zeta")
+    install("two-dist", "mod_two_f", "[drivetrain.optimizer]\nzeta = mod_two_f:Thing\n")
+    with pytest.raises(PluginError, match="comes from one-dist, two-dist: write 'one-dist:zeta' or 'two-dist:zeta'"):
+        registry.find("optimizer", "foo:zeta")
 
 
 @pytest.mark.parametrize(

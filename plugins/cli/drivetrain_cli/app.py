@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from typing import NoReturn, cast
+from typing import Any, NoReturn, cast
 
 from drivetrain import __version__
 from drivetrain.commands import Command
@@ -140,6 +140,12 @@ def _of_others() -> list[Candidate]:
 
 
 class _Parser(argparse.ArgumentParser):
+    def add_argument(self, *names: Any, **given: Any) -> argparse.Action:
+        """As ever, but words of which there may be none are not called required, as argparse does of those without a default."""
+        if given.get("nargs") == "*" and names and not names[0].startswith("-"):
+            given.setdefault("default", [])
+        return super().add_argument(*names, **given)
+
     def error(self, message: str) -> NoReturn:
         """Add the remedy for a habit from other trainers: `--optimizer.lr=1e-3`."""
         if "unrecognized arguments: --" in message and "=" in message:

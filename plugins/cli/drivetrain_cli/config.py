@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import ConfigError
-from drivetrain_cli.terminal import clean, clean_lines, faint
+from drivetrain_cli.terminal import clean, clean_lines, columns, faint
 
 if TYPE_CHECKING:
     from drivetrain import TrainingConfig
@@ -58,20 +58,27 @@ def _plot(config: TrainingConfig, arguments: argparse.Namespace) -> None:
 
 
 def _show(config: TrainingConfig, arguments: argparse.Namespace) -> None:
-    plain, defaults = config.to_dict(secrets=False), type(config)().to_dict()
-    unset = {key: None if defaults[key] is None else False for key, value in plain.items() if value is None}
-    full = {**unset, **config.to_dict(full=True, secrets=False)}
-    print(clean_lines("\n".join(toml_lines({key: full[key] for key in plain}))))
+    full = config.to_dict(full=True, secrets=False)
+    print(clean_lines("\n".join(toml_lines({key: full.get(key) for key in config.to_dict()}))))
 
 
 def _explain(config: TrainingConfig, arguments: argparse.Namespace) -> None:
     for key, value, origin in _aligned(config.explain()):
         print(faint(f"{key}  {value}  {origin}", sys.stdout) if origin == "default" else f"{key}  {value}  {origin}")
     if arguments.here:
-        from drivetrain import Trainer
+        print("\nhere:", *_here(config, arguments.file), sep="\n")
 
-        chosen = _aligned(Trainer(args=config).choices())
-        print("\nhere:", *(f"{key}  {value}  {why}".rstrip() for key, value, why in chosen), sep="\n")
+
+def _here(config: TrainingConfig, file: str) -> list[str]:
+    from drivetrain import Trainer
+
+    try:
+        chosen = Trainer(args=config).choices()
+    except ConfigError as error:  # what only shows when the run is put together
+        error.source = file
+        raise
+    rows = [(clean(key), clean(_written(value)), clean(why.removeprefix(f"{value}: "))) for key, value, why in chosen]
+    return columns(rows, wrap_last=sys.stdout.isatty())
 
 
 def _aligned(rows: list[tuple[str, Any, str]]) -> list[tuple[str, str, str]]:

@@ -25,6 +25,8 @@ points = toy_plugin:Points
 plain_sgd = toy_plugin:PlainSgd
 [drivetrain.scheduler]
 fall = toy_plugin:Fall
+[drivetrain.precision]
+exact = toy_plugin:Exact
 [drivetrain.callback]
 keep = toy_plugin:Keep
 boom = toy_plugin:Boom

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,23 @@ class TestExplain:
         assert rows["precision"] == ['"fp32"', "full precision"]
         assert rows["gradient_accumulation_steps"][0] == "4"
         assert not Path("runs").exists()
+
+    def test_what_is_wrong_here_is_said_of_the_file(self, drivetrain: Any) -> None:
+        said = drivetrain("config", "explain", "run.toml", "device=foo", "--here")
+        assert (said.code, said.err.splitlines()[0]) == (2, "run.toml: 1 problem")
+
+    def test_a_long_reason_does_not_repeat_the_value_and_breaks_between_words(
+        self, drivetrain: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        words = ("config", "explain", "run.toml", "precision=exact", "--here")
+        line = next(line for line in reversed(drivetrain(*words).out.splitlines()) if line.startswith("precision"))
+        assert line.split() == ["precision", '"fp32"', *("one word after another " * 9).split()]
+        monkeypatch.setenv("COLUMNS", "80")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        here = drivetrain(*words).out.partition("\nhere:\n")[2]
+        assert max(map(len, here.splitlines())) < 80
+        assert " ".join(here.split()).count("one word after another") == 9
 
     def test_an_unknown_option_after_the_file_is_named(self, drivetrain: Any) -> None:
         said = drivetrain("config", "explain", "run.toml", "--there", "seed=1")

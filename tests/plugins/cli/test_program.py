@@ -128,7 +128,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["train"], "error: the following arguments are required: FILE, key=value\n"),
+            (["train"], "error: the following arguments are required: FILE\n"),
+            (["config", "show"], "error: the following arguments are required: FILE\n"),
             (["train", "run.toml", "--fast"], "error: unrecognized arguments: --fast\n"),
             (["config"], "error: the following arguments are required: ACTION\n"),
             (["--fast"], "error: unrecognized arguments: --fast\n"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, CallbackContext, Component, DrivetrainError, Duration, RunError, component, option
+from drivetrain import Callback, CallbackContext, Component, DrivetrainError, Duration, Precision, RunError, component, option
 
 
 @component
@@ -70,6 +70,18 @@ class PlainSgd(Component):
 
     def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
         return torch.optim.SGD(ctx.model.parameters(), lr=self.lr)
+
+
+@component
+class Exact(Component):
+    """Full precision, said at length."""
+
+    kind = "precision"
+
+    def make_precision(self, ctx: CallbackContext) -> Precision:
+        precision = Precision()
+        precision.reason = "fp32: " + "one word after another " * 9
+        return precision
 
 
 @component
