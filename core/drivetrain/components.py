@@ -34,7 +34,9 @@ def option(
     """
     chosen: dict[str, Any] = {"factory": factory} if factory is not None else {"default": default}
     limits = Limits(at_least, above, at_most, below)
-    return attrs.field(**chosen, validator=_naming(limits, validator), metadata={"help": help, "limits": limits})
+    # none where nothing is to be checked: attrs calls Python for every assignment to an object that has one
+    check = _naming(limits, validator) if validator or str(limits) else None
+    return attrs.field(**chosen, validator=check, metadata={"help": help, "limits": limits})
 
 
 def _naming(limits: Limits, validator: Any) -> Callable[[Any, Any, Any], None]:
