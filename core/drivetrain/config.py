@@ -61,7 +61,15 @@ def _key(
     return attrs.field(metadata={"help": help, "kind": kind, "limits": Limits(at_least, finite=finite)}, **given)
 
 
-@attrs.define(kw_only=True)
+def _on_set_loader(loader: DataLoaderConfig, attribute: attrs.Attribute[Any], value: Any) -> Any:
+    path = f"dataloader.{attribute.name}"
+    value = structure(value, get_type_hints(DataLoaderConfig)[attribute.name], path)
+    if problems := list(_outside(attribute, value, path)):
+        raise ConfigError(problems)
+    return value
+
+
+@attrs.define(kw_only=True, on_setattr=_on_set_loader)
 class DataLoaderConfig:
     """How samples are fetched. None of these changes which samples a step sees or their random numbers, but for `shuffle` and
     `drop_last`."""

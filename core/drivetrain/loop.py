@@ -521,7 +521,9 @@ def _no_memory(ctx: CallbackContext) -> str:
             f"Rank {ctx.strategy.rank} ran out of memory. Lower per_device_batch_size from {size} to {max(1, size // 2)} and double "
             "gradient_accumulation_steps, or give global_batch_size: the steps stay the same."
         )
-    return "Out of memory in what cannot be divided: activation_checkpointing, 16-bit precision or distributed = 'fsdp' need less."
+    return (
+        "Out of memory in what cannot be divided: activation_checkpointing, 16-bit precision or distributed = 'fsdp' need less."
+    )
 
 
 def _constant(weight: Tensor | float) -> Tensor | float:

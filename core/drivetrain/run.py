@@ -37,6 +37,7 @@ from drivetrain.precision import Precision
 from drivetrain.prepare import build, prepare
 from drivetrain.registry import is_installed
 from drivetrain.rehearsal import rehearsal
+from drivetrain.shrinking import is_out_of_memory
 from drivetrain.strategy import Strategy
 
 
@@ -340,7 +341,13 @@ class Run:
         chosen = source or self.eval_source
         if chosen is None:
             raise DataError("there is nothing to evaluate on: pass Trainer(..., eval_dataset=...) or evaluate(dataset).")
-        return evaluate(self.ctx, self.events, chosen, self.call, self.metrics, self.transfer)
+        try:
+            return evaluate(self.ctx, self.events, chosen, self.call, self.metrics, self.transfer)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                size = self.config.per_device_eval_batch_size or self.config.per_device_batch_size
+                error.add_note(f"Out of memory in the evaluation: set per_device_eval_batch_size to less than {size}.")
+            raise
 
     def evaluate_as_planned(self) -> None:
         """Evaluate on the run's evaluation data, if there is some."""
@@ -474,6 +481,9 @@ def _set_length(ctx: CallbackContext, source: Source) -> None:
     wanted = ctx.config.max_duration
     ctx.steps_per_epoch = source.steps_per_epoch
     ctx.run_unit, ctx.run_length = wanted.unit, wanted.value
+    if wanted.unit == "ep" and source.steps_per_epoch is None and wanted.value % 1:
+        message = f"{wanted} has a part of an epoch, and how long one is this data does not say: give whole epochs, or steps"
+        raise ConfigError([Problem("max_duration", message)])
     if wanted.unit == "ep" and source.steps_per_epoch is not None:
         ctx.run_unit, ctx.run_length = "st", math.ceil(wanted.value * source.steps_per_epoch - 1e-9)
 

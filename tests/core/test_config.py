@@ -388,6 +388,14 @@ class TestLimits:
         made = self.Limited(**given)
         assert {name: getattr(made, name) for name in given} == given
 
+    @pytest.mark.parametrize(("name", "value"), [("num_workers", -5), ("num_workers", "two"), ("prefetch_factor", 0)])
+    def test_a_table_of_the_configuration_checks_what_is_assigned(self, name: str, value: Any) -> None:
+        config = TrainingConfig()
+        with pytest.raises(ConfigError, match=rf"dataloader\.{name}: "):
+            setattr(config.dataloader, name, value)
+        config.dataloader.num_workers = 2
+        assert config.dataloader.num_workers == 2
+
     def test_gradients_may_be_measured_without_being_clipped(self) -> None:
         assert TrainingConfig(max_grad_norm=math.inf).max_grad_norm == math.inf
 

@@ -1198,6 +1198,24 @@ def test_auxiliary_gradients_are_the_steps_own_and_leave_the_training_alone() ->
     assert found[0][1] == float(loss.weight)
 
 
+def test_a_part_of_an_epoch_of_unknown_length_is_refused() -> None:
+    model, rows = mlp(), list(regression())
+    with pytest.raises(ConfigError, match=r"max_duration: 1\.5ep has a part of an epoch"):
+        Trainer(model, config(max_duration="1.5ep"), iter(rows), loss=nn.MSELoss(), optimizer=own(model))
+
+
+def test_running_out_of_memory_in_an_evaluation_says_what_to_set() -> None:
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        if not model.training:
+            raise torch.OutOfMemoryError("out of memory")
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    model = mlp()
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        Trainer(model, config(), regression(), regression(), step=step, optimizer=own(model)).train()
+    assert "per_device_eval_batch_size to less than 8" in "".join(caught.value.__notes__)
+
+
 @dataclasses.dataclass
 class Pair:
     x: torch.Tensor
