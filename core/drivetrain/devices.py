@@ -138,5 +138,7 @@ def _from_plugin(name: str, local_rank: int) -> torch.device:
 
 def _refusal(wanted: str, why: str) -> ConfigError:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    available = ", ".join(filter(None, ["cpu", found.type if found else "", *candidates("device")]))
-    return ConfigError([Problem("device", f"{why}. Available: {available}, or 'auto'.")])
+    available = f"cpu, {found.type}" if found else "cpu"
+    others = ", ".join(candidates("device"))  # whether they can be used, only their plugins know
+    also = f"; where there is what they need, also {others}" if others else ""
+    return ConfigError([Problem("device", f"{why}. Available: {available}, or 'auto'{also}.")])

@@ -79,6 +79,11 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     forget()
 
 
+def test_a_device_that_may_need_more_is_not_called_available() -> None:
+    with pytest.raises(ConfigError, match=r"Available: cpu[^;]*'auto'; where there is what they need, also .*tpu, xla"):
+        DeviceManager("foo")
+
+
 class TestDevice:
     def test_by_name_and_index(self, install: Any) -> None:
         install()
