@@ -143,10 +143,15 @@ def _message(why: str, seconds: float, over: bool) -> str:
     what = f"compiled again, {seconds:.1f} s"
     if over:
         what = "compiled so often that torch gives up and runs it uncompiled wherever no compiled version fits"
-    return (
-        f"compile: a block was {what}: {why}. Batches of one shape avoid that (dataloader.drop_last, padding to a fixed length); "
-        "so does compile = false."
-    )
+    return f"compile: a block was {what}: {why}. {_remedy(why)}"
+
+
+def _remedy(why: str) -> str:
+    if re.search(r"\b(size|rank|stride)\b", why):
+        return "Batches of one shape avoid that (dataloader.drop_last, padding to a fixed length); so does compile = false."
+    if " == " in why:
+        return "Numbers that a step reads from tensors (.item()) are compiled in: keep them in tensors, or set compile = false."
+    return "compile = false avoids that."
 
 
 def _compilations() -> list[Any]:

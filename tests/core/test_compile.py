@@ -177,6 +177,24 @@ def test_each_cause_is_told(compiler: Any) -> None:
     assert "2 <= args[0].size()[1]." in single
 
 
+class Reads(nn.Linear):
+    """A block with a number of Python that every step changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * y.sum().item()
+
+
+def test_a_number_that_changes_is_not_taken_for_a_shape(compiler: Any) -> None:
+    compiler("eager")
+    messages = said(Reads(6, 1), samples(16, 6))
+    assert messages
+    for message in messages:
+        assert " == " in message
+        assert "(.item()) are compiled in: keep them in tensors, or set compile = false." in message
+        assert "shape" not in message
+
+
 @pytest.mark.parametrize("model", [Blocks, Mixed, Stages, lambda: nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))])
 def test_what_any_run_compiles_is_not_told(
     compiler: Any, model: Callable[[], nn.Module], caplog: pytest.LogCaptureFixture
