@@ -44,6 +44,10 @@ class RunPluginManager(pluggy.PluginManager):
 
     def _add(self, thing: Component) -> None:
         _check_names(thing)
+        if self.is_registered(thing):
+            raise PluginError(
+                f"{thing.plugin_name} ({thing.origin}) is given twice, the same object: leave one out, or make two."
+            )
         try:
             self.register(thing, name=self._free_name(thing))
         except (ValueError, pluggy.PluginValidationError) as error:
