@@ -49,7 +49,7 @@ def _change_blocks(model: nn.Module, config: TrainingConfig) -> None:
     """Activations and compilation of the repeated blocks, in place."""
     blocks, spared = list(repeated_blocks(model)), config.activation_checkpointing
     if spared and not blocks:
-        message = "found no repeated blocks (a ModuleList of one class) in the model"
+        message = "found no repeated blocks in the model (a ModuleList or Sequential of several modules of one class)"
         raise ConfigError([Problem("activation_checkpointing", message)])
     if spared and spared != "offload":
         recompute(blocks, selective=spared == "selective")

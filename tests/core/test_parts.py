@@ -175,10 +175,11 @@ def test_channels_last_changes_the_layout_of_convolutions_not_the_training(monke
     assert not torch.equal(results[0], torch.zeros_like(results[0]))
 
 
-def test_activation_checkpointing_needs_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", [nn.Linear(4, 1), nn.Sequential(nn.Sequential(nn.Linear(4, 1)))])
+def test_activation_checkpointing_needs_blocks(monkeypatch: pytest.MonkeyPatch, model: nn.Module) -> None:
+    """One is not enough: all of it would be recomputed at once."""
     monkeypatch.setenv("DRIVETRAIN_PLUGINS", "off")
-    model = nn.Linear(4, 1)
-    with pytest.raises(ConfigError, match="no repeated blocks"):
+    with pytest.raises(ConfigError, match=r"no repeated blocks .*several modules of one class"):
         Trainer(
             model,
             TrainingConfig(activation_checkpointing=True, standard_callbacks=False),
