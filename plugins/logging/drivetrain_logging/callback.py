@@ -132,11 +132,16 @@ def _make(specs: list[Any]) -> list[Tracker]:
     """Make the trackers, reporting what is wrong with all of them at once.
 
     Raises:
-        ConfigError: for every unknown name, unknown option and wrong value, with its place in the list.
+        ConfigError: for every unknown name, unknown option, wrong value and tracker that is there twice, with its place in the list.
     """
     made: list[Any] = []
     problems: list[Problem] = []
+    tables = [{"use": spec} if isinstance(spec, str) else spec for spec in specs]
     for index, spec in enumerate(specs):
+        if tables[index] in tables[:index]:  # each value would be written twice
+            name = tables[index].get("use") if isinstance(tables[index], Mapping) else type(spec).__name__
+            problems.append(Problem(f"trackers[{index}]", f"{name!r} is there twice, with the same options: leave one out"))
+            continue
         try:
             made.append(make_component("tracker", spec, f"trackers[{index}]"))
         except ConfigError as error:

@@ -331,6 +331,17 @@ def test_jsonl_is_written_beside_whatever_else_is(tmp_path: Path) -> None:
     assert len(rows(tmp_path / "own")) == 9, "and once, where it is among them"
 
 
+def test_a_tracker_that_is_there_twice_is_refused() -> None:
+    """Each value would be written twice."""
+    mine = CsvTracker()
+    with pytest.raises(ConfigError) as raised:
+        LoggingCallback(trackers=["csv", "jsonl", {"use": "csv"}, mine, mine])
+    assert [(problem.path, problem.message) for problem in raised.value.problems] == [
+        ("trackers[2]", "'csv' is there twice, with the same options: leave one out"),
+        ("trackers[4]", "'CsvTracker' is there twice, with the same options: leave one out"),
+    ]
+
+
 def test_mistakes_are_found_with_the_configuration_all_at_once() -> None:
     table = {"use": "logging", "trackers": ["jsnl", {"use": "jsonl", "colour": "red"}, 3]}
     with pytest.raises(ConfigError) as raised:
