@@ -207,7 +207,8 @@ def _union(converter: Converter, value: Any, wanted: Any) -> Any:
             if attrs.has(member) and isinstance(value, Mapping):  # a table meant for this member: its own problems say more
                 raise
             said += [p.message for p in problems]
-    raise ValueError("; or ".join(dict.fromkeys(said)))
+    none = type(None) in members and bool not in members and str(value).lower() in ("null", "none")
+    raise ValueError("; or ".join(dict.fromkeys(said)) + (" (none is written false)" if none else ""))
 
 
 def _is_dict(wanted: Any) -> bool:

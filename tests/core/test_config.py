@@ -81,6 +81,13 @@ def test_a_text_is_never_a_number() -> None:
     assert TrainingConfig(max_grad_norm=False).max_grad_norm is None
 
 
+@pytest.mark.parametrize("key", ["max_grad_norm", "eval_interval", "global_batch_size"])
+@pytest.mark.parametrize("word", ["null", "none", "None"])
+def test_the_word_for_none_is_named(key: str, word: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: expected .*'{word}'.* \(none is written false\)$"):
+        TrainingConfig(**{key: word})
+
+
 @pytest.mark.parametrize("name", ["QLORA", "qlora", "QLoRA"])
 def test_modes_in_any_case(name: str) -> None:
     assert TrainingConfig(training_mode=name).training_mode is TrainingMode.QLORA

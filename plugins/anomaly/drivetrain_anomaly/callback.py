@@ -70,9 +70,9 @@ class AnomalyCallback(Callback):
     nonfinite: Policy = option(default="raise", help="what to do about NaN and infinity: raise, skip, rollback or ignore")
     spike: Policy = option(default="ignore", help="what to do about spikes")
     norm_factor: float | None = option(
-        default=10.0, above=1, help="a gradient norm above this many means is a spike; null for none"
+        default=10.0, above=1, help="a gradient norm above this many means is a spike; false for none"
     )
-    loss_factor: float | None = option(default=None, above=1, help="a loss above this many means is a spike; null for none")
+    loss_factor: float | None = option(default=None, above=1, help="a loss above this many means is a spike; false for none")
     warmup: int = option(default=50, at_least=1, help="good steps before anything is called a spike")
     decay: float = option(default=0.98, at_least=0, below=1, help="of the exponential means")
     renew_every: int = option(

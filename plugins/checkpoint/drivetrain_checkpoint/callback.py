@@ -62,7 +62,7 @@ class CheckpointCallback(Callback):
     without_gradients: ClassVar[bool] = True
 
     every: Duration = option(default=Duration(500, "st"), help="how often to save, such as '500st', '1ep' or '15min'")
-    keep_last: int | None = option(default=3, at_least=1, help="how many of the newest to keep; null for all")
+    keep_last: int | None = option(default=3, at_least=1, help="how many of the newest to keep; false for all")
     best: str | None = option(default=None, help="also save and keep the best by this evaluation metric, such as eval/loss")
     best_mode: Literal["min", "max"] = option(default="min", help="whether a smaller or a greater value is better")
     save_at_end: bool = option(default=True, help="save when the run ends, unless it failed or has just been saved")

@@ -31,7 +31,7 @@ class WorkersFinderCallback(Callback):
     their times decides, the same for all. Ready batches and streams are left as they are.
     """
 
-    most: int | None = option(default=None, at_least=0, help="no more than this; null for this process's share of the cores")
+    most: int | None = option(default=None, at_least=0, help="no more than this; false for this process's share of the cores")
     gain: float = option(default=0.05, above=0, below=1, help="the part of a step's time that twice the workers must save")
 
     @hook(tryfirst=True)

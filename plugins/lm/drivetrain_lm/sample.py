@@ -31,7 +31,7 @@ class SampleTextCallback(Callback):
     prompt: str = option(default="def ", help="the text to continue")
     length: int = option(default=400, at_least=1, help="bytes to add")
     temperature: float = option(default=0.7, at_least=0, help="higher is more varied; 0 takes the likeliest byte each time")
-    top_k: int | None = option(default=None, at_least=1, help="sample among this many likeliest bytes; null for all")
+    top_k: int | None = option(default=None, at_least=1, help="sample among this many likeliest bytes; false for all")
     seed: int = option(default=0, at_least=0, help="fixes the sample")
     every: Duration | None = option(default=None, help="sample during the run as well, such as '500st'")
     at_evaluation: bool = option(default=False, help="sample with each evaluation as well, by the weights that are evaluated")

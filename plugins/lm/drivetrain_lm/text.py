@@ -88,7 +88,7 @@ class TextComponent(Component):
     pattern: str = option(default="*.txt", help="which files of a folder, at any depth (stdlib: always *.py)")
     context: int = option(default=128, at_least=1, help="bytes in a window; at most the model's context")
     held_out: float = option(default=0.05, at_least=0, below=1, help="share of the files kept for evaluation; 0 for none")
-    max_bytes: int | None = option(default=None, at_least=1, help="read at most this much of each part; null for all")
+    max_bytes: int | None = option(default=None, at_least=1, help="read at most this much of each part; false for all")
 
     def make_dataset(self, ctx: CallbackContext) -> TextDataset:
         """The part to train on."""
