@@ -36,7 +36,7 @@ class LrFinderCallback(Callback):
 
     def __attrs_post_init__(self) -> None:
         if self.lowest >= self.highest:
-            raise ConfigError([Problem("lr_finder.lowest", f"must be below highest = {self.highest:g}, got {self.lowest:g}")])
+            raise ConfigError([Problem("lowest", f"must be below highest = {self.highest:g}, got {self.lowest:g}")])
 
     @hook(tryfirst=True)
     def on_run_start(self, ctx: CallbackContext) -> None:

@@ -172,6 +172,11 @@ def test_bad_input() -> None:
             make_component("callback", {"use": name, **options})
 
 
+def test_a_lowest_rate_above_the_highest_is_said_at_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"\n  lr_finder\.lowest: must be below highest = 0\.1, got 1$"):
+        make_component("callback", {"use": "lr_finder", "lowest": 1.0, "highest": 0.1})
+
+
 @pytest.mark.parametrize("forgets", [False, True])
 def test_a_run_that_goes_on_keeps_the_size_that_it_began_with(tmp_path: Path, forgets: bool) -> None:
     """On a machine with more memory, say: larger microbatches would draw other numbers for dropout. The control forgets the size."""
