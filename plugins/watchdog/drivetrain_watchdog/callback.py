@@ -58,7 +58,7 @@ class Watchdog(Callback):
         limit = getattr(ctx.strategy, "timeout", None)
         after = min(self.after, limit.total_seconds() / 2) if isinstance(limit, timedelta) else self.after
         seen, since, written = (-1, -1, -1), time.monotonic(), False
-        while not ended.wait(after / 8):
+        while not ended.wait(min(after / 8, threading.TIMEOUT_MAX)):
             now = (ctx.step, ctx.skipped_steps, self._evaluated)
             if now != seen:
                 seen, since, written = now, time.monotonic(), False

@@ -12,12 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, ConfigError, DrivetrainError, Precision, Trainer, TrainingConfig
+from drivetrain import Callback, CallbackContext, ConfigError, DrivetrainError, Precision, Trainer, TrainingConfig, component
 from drivetrain_watchdog.callback import Watchdog
 from drivetrain_watchdog.command import Hang, report
 
@@ -43,6 +44,28 @@ def stand_still(folder: Path, how: str) -> tuple[str, Path]:
         for process in ranks:
             process.kill()
             process.communicate()
+
+
+@component
+class Looks(Callback):
+    """Whether the watchdog's thread is there, a moment after it began."""
+
+    alive: list[bool] = attrs.field(factory=list, init=False)
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+        thread.join(0.1)
+        self.alive.append(thread.is_alive())
+
+
+def test_a_patience_beyond_what_a_thread_can_wait(tmp_path: Path) -> None:
+    model, looks = nn.Linear(4, 1), Looks()
+    config = TrainingConfig(output_dir=tmp_path, run_name="a", max_duration="1st", standard_callbacks=False, device="cpu")
+    data = TensorDataset(torch.ones(8, 4), torch.ones(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callbacks = [Watchdog(after=1e308), looks]
+    Trainer(model, config, data, loss=nn.MSELoss(), optimizer=optimizer, callbacks=callbacks, precision=Precision()).train()
+    assert looks.alive == [True]
 
 
 def test_a_rank_that_is_busy_elsewhere(tmp_path: Path) -> None:
