@@ -8,13 +8,14 @@ import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from drivetrain import Component, ConfigError, Problem, component, option
+from drivetrain import Component, ConfigError, ModelError, Problem, component, option
+from drivetrain_lm.model import BYTES
 
 if TYPE_CHECKING:
     from drivetrain import CallbackContext
@@ -92,13 +93,13 @@ class TextComponent(Component):
 
     def make_dataset(self, ctx: CallbackContext) -> TextDataset:
         """The part to train on."""
-        return self._windows(held_out=False)
+        return self._windows(ctx, held_out=False)
 
     def make_eval_dataset(self, ctx: CallbackContext) -> TextDataset | None:
         """The part held out, None when there is none."""
-        return self._windows(held_out=True) if self.held_out else None
+        return self._windows(ctx, held_out=True) if self.held_out else None
 
-    def _windows(self, held_out: bool) -> TextDataset:
+    def _windows(self, ctx: CallbackContext, held_out: bool) -> TextDataset:
         root, names = find_files(self.path, self.pattern)
         if len(names) == 1:
             text = _read([root / names[0]], None)
@@ -109,7 +110,9 @@ class TextComponent(Component):
             text = _read([root / name for name in names if (name in chosen) == held_out], self.max_bytes)
         if len(text) <= self.context:
             raise ConfigError([self._too_little(len(text), held_out, len(names))])
-        return TextDataset(torch.frombuffer(text, dtype=torch.uint8), self.context)
+        found = torch.frombuffer(text, dtype=torch.uint8)
+        _check_vocabulary(getattr(ctx, "model", None), found)
+        return TextDataset(found, self.context)
 
     def _too_little(self, size: int, held_out: bool, files: int) -> Problem:
         if size == 0 and not held_out:
@@ -118,6 +121,15 @@ class TextComponent(Component):
         part, remedy = ("held-out ", ", raise held_out or set it to 0") if held_out else ("", "")
         said = f"the {part}files of path {self.path!r} hold {size} bytes, less than one window of context + 1 = {self.context + 1}."
         return Problem("context", f"{said} Lower it{remedy}.")
+
+
+def _check_vocabulary(model: Any, text: Tensor) -> None:
+    """Refuse a model with fewer tokens than the text has, which would fail in the middle of a step."""
+    known = getattr(model, "vocab_size", None)
+    if isinstance(known, int) and known < BYTES and (highest := int(text.max())) >= known:
+        raise ModelError(
+            f"model.vocab_size = {known} is too small for the text, which has the byte {highest}: set it to {BYTES}."
+        )
 
 
 def find_files(path: str, pattern: str) -> tuple[Path, list[str]]:

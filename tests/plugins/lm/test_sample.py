@@ -156,6 +156,15 @@ def test_refuses_other_models_before_training(tmp_path: Path) -> None:
         Trainer(args=config(tmp_path, callbacks=[{"use": "sample_text", "prompt": ""}])).train()
 
 
+def test_a_vocabulary_too_small_for_the_text_is_refused_before_training(tmp_path: Path) -> None:
+    small = {"use": "gpt", "layers": 1, "heads": 2, "width": 32, "context": 32}
+    with pytest.raises(
+        ModelError, match=r"model\.vocab_size = 100 is too small for the text, which has the byte 117: set it to 256"
+    ):
+        Trainer(args=config(tmp_path, model=small | {"vocab_size": 100}))
+    assert Trainer(args=config(tmp_path, model=small | {"vocab_size": 118}, max_duration="1st")).train().completed
+
+
 def test_what_cannot_be_shown_is_marked() -> None:
     assert readable("naïve\n\tok".encode() + b"\x1b[2J\x00\xff\r\xe2\x80\xa8") == "naïve\n\tok" + "\ufffd[2J" + "\ufffd" * 4
 
