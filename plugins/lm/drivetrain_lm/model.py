@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BYTES = 256
 _MANY = 2**25  # logits, from where on they are computed in parts: 128 MiB in fp32, and as much again for each copy
+_COLD = 1e-30  # where logits divided by it could be more than fp32 holds; the likeliest token it is long before
 _AT_ONCE, _LEAST_ROWS = 2**23, 256  # logits of a part, and rows: with fewer the products are slow
 
 
@@ -210,7 +211,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _choose(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
     """The next tokens [batch, 1] from the logits [batch, vocab_size]."""
-    if temperature == 0:
+    if temperature < _COLD:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

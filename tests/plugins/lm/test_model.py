@@ -170,6 +170,11 @@ class TestGenerate:
             expected = torch.cat((expected, gpt(expected[:, -12:])[:, -1].argmax(-1, keepdim=True)), 1)
         assert torch.equal(gpt.generate(ids, 20, temperature=0), expected)
 
+    @pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-29])
+    def test_so_is_one_close_to_zero(self, temperature: float) -> None:
+        gpt, ids = model(), tokens(2, 3)
+        assert torch.equal(gpt.generate(ids, 8, temperature=temperature), gpt.generate(ids, 8, temperature=0))
+
     def test_top_one_is_the_same(self) -> None:
         gpt, ids = model(), tokens(1, 3)
         assert torch.equal(gpt.generate(ids, 8, top_k=1), gpt.generate(ids, 8, temperature=0))
