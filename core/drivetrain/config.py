@@ -14,6 +14,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, Union, get_arg
 import attrs
 import tomli
 
+from drivetrain.catalogue import STANDARD_CALLBACKS
 from drivetrain.cluster import detect
 from drivetrain.components import Component, fields_of, make_component
 from drivetrain.duration import Duration
@@ -549,10 +550,13 @@ def _checked_spec(value: Any, path: str) -> Spec:
 def _checked_callbacks(value: Any) -> list[Spec]:
     if not isinstance(value, (list, tuple)):
         raise ConfigError([Problem("callbacks", f"expected a list of names or tables, got {value!r}")])
-    problems, result = [], []
+    problems: list[Problem] = []
+    result: list[Spec] = []
     for index, spec in enumerate(value):
         if not isinstance(spec, Component) and not _use(spec):
             problems.append(Problem(f"callbacks[{index}]", f"expected a name or a table with the key 'use', got {spec!r}"))
+        elif (name := _use(spec)) in STANDARD_CALLBACKS and name in map(_use, result):  # others may well be, such as ema
+            problems.append(Problem(f"callbacks[{index}]", f"{name!r} cannot be there twice: leave one out"))
         result.append(spec)
     if problems:
         raise ConfigError(problems)

@@ -73,6 +73,13 @@ def test_all_problems_come_at_once_with_their_places(tmp_path: Path) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_standard_callbacks_are_there_once() -> None:
+    """Two would write each value twice, or contend for the run's directory."""
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(callbacks=["progress", {"use": "checkpoint"}, "ema", "checkpoint", {"use": "ema", "decay": 0.9}])
+    assert problems(caught) == {"callbacks[3]": "'checkpoint' cannot be there twice: leave one out"}
+
+
 def test_a_text_is_never_a_number() -> None:
     for wrong in ("3e-4", True, [1.0], {}, float("nan"), -1):
         with pytest.raises(ConfigError):
