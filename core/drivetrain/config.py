@@ -486,8 +486,8 @@ def _structured(f: attrs.Attribute[Any], value: Any) -> Any:
         return _mode(value)
     if f.name == "plugins":
         return _loaded(value)
-    if kind:
-        return _checked_spec(value, f.name)
+    if kind:  # `distributed` has a word for none, which files can hold
+        return _checked_spec("none" if value is None and f.default else value, f.name)
     if f.name == "callbacks":
         return _checked_callbacks(value)
     if value is False and _optional(wanted):
