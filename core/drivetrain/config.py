@@ -504,8 +504,8 @@ def _structured(f: attrs.Attribute[Any], value: Any) -> Any:
         return _mode(value)
     if f.name == "plugins":
         return _loaded(value)
-    if kind:
-        return _checked_spec(value, f.name)
+    if kind:  # `distributed` has a word for none, which files can hold
+        return _checked_spec("none" if value is None and f.default else value, f.name)
     if f.name == "callbacks":
         return _checked_callbacks(value)
     if value is False and _optional(wanted):
@@ -568,7 +568,8 @@ def _checked_spec(value: Any, path: str) -> Spec:
 def _checked_callbacks(value: Any) -> list[Spec]:
     if not isinstance(value, (list, tuple)):
         raise ConfigError([Problem("callbacks", f"expected a list of names or tables, got {value!r}")])
-    problems, result = [], []
+    problems: list[Problem] = []
+    result: list[Spec] = []
     for index, spec in enumerate(value):
         if not isinstance(spec, Component) and not _use(spec):
             problems.append(Problem(f"callbacks[{index}]", f"expected a name or a table with the key 'use', got {spec!r}"))

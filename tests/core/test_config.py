@@ -190,6 +190,14 @@ def test_round_trip_through_a_file(tmp_path: Path, suffix: str) -> None:
     assert again.eval_interval is None
 
 
+def test_no_strategy_is_saved_by_its_word(tmp_path: Path) -> None:
+    config = TrainingConfig(distributed=None)
+    config.save(tmp_path / "config.toml")
+    assert load_training_config(tmp_path / "config.toml").distributed == config.distributed == "none"
+    assert config.optimizer is None
+    assert config.strategy_spec() is None
+
+
 def test_toml_writer_agrees_with_the_reader() -> None:
     import tomli
 
