@@ -72,8 +72,8 @@ class OptimizerComponent(Component):
     default_scheduler: ClassVar[str | dict[str, Any]] = "cosine"  # a name or table, where the configuration names none
     reason = ""  # why the optimizer was made as it is, where that depends on the machine or the model
 
-    lr: float = option(default=1e-3, help="peak learning rate; the schedule multiplies it")
-    weight_decay: float = option(default=0.0, help="decay of the weights it applies to, see `decay`")
+    lr: float = option(default=1e-3, at_least=0, help="peak learning rate; the schedule multiplies it")
+    weight_decay: float = option(default=0.0, at_least=0, help="decay of the weights it applies to, see `decay`")
     decay: Literal["matrices", "all"] = option(
         default="matrices", help="what decays: tensors of two or more dimensions (not biases, not norms), or everything"
     )

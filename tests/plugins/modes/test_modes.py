@@ -9,7 +9,16 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import CallbackContext, Component, Precision, Trainer, TrainingConfig, component, make_component
+from drivetrain import (
+    CallbackContext,
+    Component,
+    OptimizerComponent,
+    Precision,
+    Trainer,
+    TrainingConfig,
+    component,
+    make_component,
+)
 from drivetrain_modes import FullFinetune, Pretraining
 from drivetrain_testing import Check, conformance
 
@@ -42,6 +51,12 @@ def trained(mode: Any, model: nn.Module | None) -> Trainer:
 
 
 @component
+class Plain(OptimizerComponent):
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        return torch.optim.SGD(ctx.model.parameters(), lr=self.lr)
+
+
+@component
 class Reader(Component):
     """Stands for a model plugin that reads weights, or makes new ones in a mode from scratch."""
 
@@ -69,8 +84,7 @@ def test_model_plugins_are_told_whether_weights_are_new(mode: Any, name: str, sc
         config.training_mode = mode
     config.model = reader
     options: dict[str, Any] = {"scheduler": lambda position: 1.0, "precision": Precision()}
-    model = nn.Linear(3, 1)
-    Trainer(None, config, data(), loss=nn.MSELoss(), optimizer=torch.optim.SGD(model.parameters(), lr=0.1), **options)
+    Trainer(None, config, data(), loss=nn.MSELoss(), optimizer=Plain(), **options)
     assert config.mode_name == name
     assert reader.seen is scratch
 

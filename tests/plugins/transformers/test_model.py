@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from drivetrain import (
+    CallbackContext,
     Component,
     ConfigError,
     DataError,
     Loss,
     ModelError,
+    OptimizerComponent,
     Precision,
     Trainer,
     TrainingConfig,
@@ -59,8 +61,8 @@ def trained(model: Any, samples: list[Any], size: int, accumulation: int, **give
 def made(table: TrainingConfig | None = None, **options: Any) -> tuple[TransformersModel, Any]:
     """The component, and the model it makes in a run of `table`."""
     component = TransformersModel(**options)
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    trainer = Trainer(torch.nn.Linear(1, 1), table or config(), [0], optimizer=optimizer)
+    linear = torch.nn.Linear(1, 1)
+    trainer = Trainer(linear, table or config(), [0], optimizer=torch.optim.SGD(linear.parameters(), lr=1.0))
     return component, component.make_model(trainer.ctx)
 
 
@@ -209,13 +211,18 @@ class TestModel:
         assert not (model_dir / "ran").exists()
 
 
+@component
+class Plain(OptimizerComponent):
+    def make_optimizer(self, ctx: CallbackContext) -> torch.optim.Optimizer:
+        return torch.optim.SGD(ctx.model.parameters(), lr=self.lr)
+
+
 class TestEvaluation:
     def test_reports_bits_and_perplexity(self, llama: dict[str, Any]) -> None:
         component = TransformersModel(config=llama)
         samples = batches([11, 2, 5, 1])
         table = config(per_device_batch_size=1, model=component)
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        trainer = Trainer(None, table, samples, samples, optimizer=optimizer, precision=Precision())
+        trainer = Trainer(None, table, samples, samples, optimizer=Plain(), precision=Precision())
         values = trainer.evaluate()
         batch = torch.utils.data.default_collate(samples)
         expected = summed_cross_entropy(trainer.model(input_ids=batch["input_ids"]).logits, batch["labels"]).mean().item()
