@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Bench:
@@ -28,12 +31,25 @@ class Bench:
 
         if arguments.steps < 1 or arguments.turns < 1:
             raise DrivetrainError("--steps and --turns must be at least 1.")
-        report = bench(
-            load_training_config(arguments.file, overrides=arguments.overrides),
-            steps=arguments.steps,
-            turns=arguments.turns,
-            advice=not arguments.no_advice,
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+        with _terminated_like_ctrl_c():
+            report = bench(
+                load_training_config(arguments.file, overrides=arguments.overrides),
+                steps=arguments.steps,
+                turns=arguments.turns,
+                advice=not arguments.no_advice,
+                say=lambda text: print(text, file=sys.stderr, flush=True),
+            )
         print(json.dumps(report.plain(), indent=1) if arguments.json else report)
         return 0
+
+
+@contextmanager
+def _terminated_like_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM is a `KeyboardInterrupt` too, so that the temporary folders go; one that is ignored still is."""
+    before = signal.getsignal(signal.SIGTERM)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -57,27 +57,43 @@ class Speed:
 
 
 class Turns:
-    """A training that is held open."""
+    """A training that is held open, from `begin` to `close`."""
 
     def __init__(self, made: Trainer, steps: Iterator[Any]) -> None:
-        self.made, self.steps = made, steps
+        self.made, self._steps = made, steps
         self.seconds: list[float] = []
-        began = time.perf_counter()
-        next(steps)
-        made.ctx.run.devices.synchronize()
-        self.first = time.perf_counter() - began
+        self.first = 0.0
+
+    def begin(self) -> None:
+        """The first step."""
+        self.first = self._timed(1)
 
     def take(self, count: int) -> None:
         """Some steps, with the device's work."""
-        began = time.perf_counter()
+        self.seconds.append(self._timed(count) / count)
+
+    def go(self, count: int) -> None:
+        """Some steps, as far as the host has to do with them."""
         for _ in range(count):
-            next(self.steps)
+            if next(self._steps, None) is None:
+                ctx = self.made.ctx
+                raise DrivetrainError(
+                    f"the run ended after {ctx.step} steps ({ctx.stop_reason}); measure fewer, or without that."
+                )
+
+    def _timed(self, count: int) -> float:
+        began = time.perf_counter()
+        self.go(count)
         self.made.ctx.run.devices.synchronize()
-        self.seconds.append((time.perf_counter() - began) / count)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """End it in good order; it may still save."""
+        self._steps.close()  # type: ignore[attr-defined]
 
     def speed(self, per_step: tuple[float, float]) -> Speed:
-        """What was measured."""
-        return Speed(tuple(self.seconds), *per_step, self.first)
+        """What was measured; the first turn was to warm up."""
+        return Speed(tuple(self.seconds[1:]), *per_step, self.first)
 
 
 def bench(
@@ -143,7 +159,7 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
         "torch": str(torch.__version__),
     }
     convolves = any(isinstance(module, nn.Conv2d) for module in made[BARE].model.modules())
-    speeds, losses = _take_turns({name: _started(name, one) for name, one in made.items()}, steps, turns)
+    speeds, losses = _take_turns(made, steps, turns)
     del made, context
     parts = _goodput(config, folder / "goodput", steps * turns, say)
     found = []
@@ -154,32 +170,25 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
     return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))))
 
 
-def _started(name: str, made: Trainer) -> Turns:
-    return Turns(made, by_hand(made) if name == RAW else by_engine(made))
-
-
-def _take_turns(running: Mapping[str, Turns], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
-    """The speeds, and the losses of as many steps of each; ends the trainings."""
-    try:
-        names = list(running)
+def _take_turns(made: Mapping[str, Trainer], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
+    """The speeds, and the losses of as many steps of each. Whatever comes between, all have ended when this returns: they may save in
+    their end, which needs their folders."""
+    names = list(made)
+    running = {name: Turns(one, by_hand(one) if name == RAW else by_engine(one)) for name, one in made.items()}
+    with ExitStack() as ends:
+        for turn in running.values():
+            ends.callback(turn.close)
+            turn.begin()
         for index in range(turns + 1):
             for name in names[index % len(names) :] + names[: index % len(names)]:
                 running[name].take(steps)
-        per_step = {name: _per_step(turn.made, name) for name, turn in running.items()}
-        for turn in running.values():
-            del turn.seconds[0]
-        engines = {name: turn for name, turn in running.items() if name != RAW}
-        losses = {name: float(turn.made.ctx.loss_tensor or 0.0) for name, turn in engines.items()}
-        example = next(iter(engines))
-        speeds = {name: turn.speed(per_step[example if name == RAW else name]) for name, turn in running.items()}
-        return speeds, losses
-    finally:
-        for turn in running.values():
-            turn.steps.close()  # type: ignore[attr-defined]
-        gc.collect()
+    gc.collect()
+    engines = [name for name in names if name != RAW]  # which count their samples
+    losses = {name: float(made[name].ctx.loss_tensor or 0.0) for name in engines}
+    return {name: running[name].speed(_per_step(made[engines[0] if name == RAW else name])) for name in names}, losses
 
 
-def _per_step(made: Trainer, name: str) -> tuple[float, float]:
+def _per_step(made: Trainer) -> tuple[float, float]:
     """Samples and tokens of a step, as the engine counts them."""
     ctx = made.ctx
     done = max(1, ctx.step + ctx.skipped_steps)
@@ -192,10 +201,9 @@ def _goodput(config: TrainingConfig, folder: Path, steps: int, say: Callable[[st
         return {}
     say("where the time goes")
     named = [*config.callbacks, {"use": "goodput", "show": False}]
-    running = trainer(config, folder, True, callbacks=named).steps()
-    for _ in range(steps):
-        next(running)
-    running.close()  # type: ignore[attr-defined]
+    made = trainer(config, folder, True, callbacks=named)
+    with closing(Turns(made, by_engine(made))) as running:
+        running.go(steps)
     rows = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"]
     return {name: seconds for row in rows for name, seconds in row["parts"].items() if name != "start"}
 
@@ -203,11 +211,11 @@ def _goodput(config: TrainingConfig, folder: Path, steps: int, say: Callable[[st
 def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder: Path) -> Advice:
     """One change against the configuration as it is, in turns."""
     try:
-        running = {
-            "as it is": Turns(base := trainer(config, folder / "base", False), base.steps()),
-            "changed": Turns(other := trainer(config, folder / "changed", False, **change.keys), other.steps()),
+        made = {
+            "as it is": trainer(config, folder / "base", False),
+            "changed": trainer(config, folder / "changed", False, **change.keys),
         }
-        speeds, losses = _take_turns(running, steps, turns)
+        speeds, losses = _take_turns(made, steps, turns)
     except Exception as error:  # whatever a change breaks is said beside it; the others are still of use
         why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error).partition("\n")[0]
         return Advice(str(change), None, f"fails: {type(error).__name__}: {why[:150]}")

@@ -4,6 +4,9 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -120,6 +123,81 @@ def test_no_worker_process_outlives_a_bench() -> None:
     before = multiprocessing.active_children()
     bench(config(dataloader={"num_workers": 1}), steps=1, turns=1, advice=False)
     assert multiprocessing.active_children() == before
+
+
+class Interrupting(Net):
+    """A signal arrives in one of all forwards, whichever training's it is."""
+
+    signals: ClassVar[dict[int, signal.Signals]] = {}  # by the number of the forward
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        self.signals.update({number - 1: name for number, name in self.signals.items()})
+        if (number := self.signals.pop(0, None)) is not None:
+            self.signals.clear()
+            signal.raise_signal(number)
+        return super().forward(x, y)
+
+
+@component
+class InterruptingModel(Model):
+    def make_model(self, ctx: CallbackContext) -> nn.Module:
+        return Interrupting()
+
+
+@component
+class Last(Callback):
+    """Notes whether there is a folder to save to when the run ends."""
+
+    ends: ClassVar[list[bool]] = []
+
+    def on_run_end(self, ctx: CallbackContext) -> None:
+        self.ends.append(ctx.run_dir.is_dir() and ctx.config.output_dir.name in os.listdir(tempfile.gettempdir()))
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The temporary directory."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("forward", [1, 2, 3, 4, 12])
+def test_all_trainings_have_ended_when_their_folder_goes(temporary: Path, forward: int) -> None:
+    """The interrupted one, and those that wait for their turn: they may save in their end."""
+    Last.ends.clear()
+    Interrupting.signals = {forward: signal.SIGINT}
+    with pytest.raises(KeyboardInterrupt) as caught:  # which keeps what is alive
+        bench(config(model=InterruptingModel(), callbacks=[Last()]), steps=2, turns=1, advice=False)
+    assert Last.ends == [True] * (forward > 2)
+    assert not list(temporary.iterdir())
+    del caught
+
+
+def test_termination_ends_the_command_as_ctrl_c_does(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = temporary / "run.toml"
+    file.write_text("seed = 1\n")
+    monkeypatch.setattr("drivetrain.load_training_config", lambda *_, **__: config(model=InterruptingModel()))
+    parser, before = argparse.ArgumentParser(), signal.getsignal(signal.SIGTERM)
+    Bench().add_arguments(parser)
+    Interrupting.signals = {5: signal.SIGTERM}
+    with pytest.raises(KeyboardInterrupt):
+        Bench().run(parser.parse_args([str(file), "--no-advice"]))
+    assert [path.name for path in temporary.iterdir()] == ["run.toml"]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@component
+class Stops(Callback):
+    """As a training that early stopping ends."""
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        if ctx.step == 4:
+            ctx.stop("good enough")
+
+
+def test_a_run_that_a_callback_ends_is_said() -> None:
+    with pytest.raises(DrivetrainError, match="ended after 4 steps"):
+        bench(config(callbacks=[Stops()]), steps=2, turns=2, advice=False)
 
 
 def test_a_change_that_does_not_run_is_said_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
