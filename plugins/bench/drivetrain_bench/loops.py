@@ -19,14 +19,16 @@ LONGER = 1_000_000  # so many times the run's length: no turn reaches the end
 def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **changes: Any) -> Trainer:
     """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks.
 
-    Without them, those of `changes` take part.
+    Without them, those of `changes` take part. Evaluation never comes, though it is not switched off: callbacks that need it would
+    refuse that.
     """
     config = copy.copy(config)
     for key, value in changes.items():
         setattr(config, key, value)
     config.output_dir, config.run_name, config.resume = folder.parent, folder.name, "never"
     config.max_duration = Duration(config.max_duration.value * LONGER, config.max_duration.unit)
-    config.eval_interval = None
+    if config.eval_interval is not None:
+        config.eval_interval, config.eval_at_start = Duration(LONGER, "st"), False
     if not with_callbacks:
         config.callbacks, config.standard_callbacks = changes.get("callbacks", []), False
         config.log_interval = Duration(LONGER, "st")

@@ -158,6 +158,8 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
         "parameters": sum(p.numel() for p in made[BARE].model.parameters()),
         "torch": str(torch.__version__),
     }
+    evaluates = config.eval_interval is not None and context.eval_batches != 0
+    left_out = f"evaluation (eval_interval = {config.eval_interval}) and what callbacks do in it" if evaluates else ""
     convolves = any(isinstance(module, nn.Conv2d) for module in made[BARE].model.modules())
     speeds, losses = _take_turns(made, steps, turns)
     del made, context
@@ -167,7 +169,7 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
     for change in changes(config, facts["precision"], facts["device"], waiting, convolves) if advice else ():
         say(f"with {change}")
         found.append(_try(config, change, steps, turns, folder))
-    return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))))
+    return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))), left_out)
 
 
 def _take_turns(made: Mapping[str, Trainer], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:

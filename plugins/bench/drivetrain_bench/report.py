@@ -32,6 +32,7 @@ class Report:
         losses: of the engine's trainings after all turns.
         parts: seconds by part of the work, with callbacks; empty without drivetrain-goodput.
         advice: what was tried, the best first.
+        left_out: what the configuration asks for and was not measured.
     """
 
     facts: Mapping[str, Any]
@@ -39,6 +40,7 @@ class Report:
     losses: Mapping[str, float]
     parts: Mapping[str, float]
     advice: tuple[Advice, ...]
+    left_out: str = ""
 
     def ratio(self, name: str) -> float:
         """Time per step, that of the loop by hand being 1."""
@@ -55,7 +57,8 @@ class Report:
             for name, speed in self.speeds.items()
         }
         advice = [{"change": row.change, "gain": row.gain, "note": row.note} for row in self.advice]
-        return {"facts": dict(self.facts), "speeds": rows, "seconds": dict(self.parts), "advice": advice}
+        seconds = dict(self.parts)
+        return {"facts": dict(self.facts), "speeds": rows, "left_out": self.left_out, "seconds": seconds, "advice": advice}
 
     def __str__(self) -> str:
         return "\n".join([*self._head(), "", *self._costs(), *self._where(), *self._faster()])
@@ -71,6 +74,8 @@ class Report:
         for name, speed in self.speeds.items():
             rate = (speed.tokens if tokens else speed.samples) / speed.middle
             yield f"{name:24}{1e3 * speed.middle:>10.2f}{rate:>12,.0f}{self.ratio(name):>12.3f}"
+        if self.left_out:
+            yield f"left out: {self.left_out}"
 
     def _where(self) -> Iterator[str]:
         whole = sum(self.parts.values())

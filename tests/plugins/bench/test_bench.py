@@ -200,6 +200,38 @@ def test_a_run_that_a_callback_ends_is_said() -> None:
         bench(config(callbacks=[Stops()]), steps=2, turns=2, advice=False)
 
 
+@component
+class WithEvaluation(Data):
+    def make_eval_dataset(self, ctx: CallbackContext) -> Any:
+        return self.make_dataset(ctx)
+
+
+@component
+class Watches(Callback):
+    """As one that needs evaluations."""
+
+    evaluations: ClassVar[list[int]] = []
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        if ctx.config.eval_interval is None or ctx.eval_batches == 0:
+            raise DrivetrainError("it watches eval/loss")
+
+    def on_evaluate_start(self, ctx: CallbackContext) -> None:
+        self.evaluations.append(ctx.step)
+
+
+def test_evaluation_is_left_out_and_that_is_said() -> None:
+    """A callback that needs evaluations is none the wiser."""
+    Watches.evaluations.clear()
+    more: dict[str, Any] = {"eval_interval": "1st", "eval_at_start": True, "callbacks": [Watches()]}
+    report = bench(config(data=WithEvaluation(), **more), steps=2, turns=1, advice=False)
+    assert Watches.evaluations == []
+    assert "left out: evaluation (eval_interval = 1st)" in str(report)
+    assert "evaluation" in report.plain()["left_out"]
+    for other in (config(data=WithEvaluation(), eval_interval=False), config()):
+        assert "left out" not in str(bench(other, steps=1, turns=1, advice=False))
+
+
 def test_a_change_that_does_not_run_is_said_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = [Change("precision = 'none such'", {"precision": "none such"}), Change("the same", {"seed": 1}, rounds=True)]
     monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter(tried))
