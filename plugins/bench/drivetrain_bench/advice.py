@@ -51,7 +51,7 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float,
         yield Change("compile = true", {"compile": True}, rounds=True)
     if convolves and not config.channels_last:
         yield Change("channels_last = true", {"channels_last": True}, rounds=True)
-    if device != "cpu" and is_installed("callback", "cuda_graphs") and "cuda_graphs" not in map(_name, config.callbacks):
+    if device != "cpu" and is_installed("callback", "cuda_graphs") and "cuda_graphs" not in map(name_of, config.callbacks):
         yield Change('callbacks = [..., "cuda_graphs"]', {"callbacks": ["cuda_graphs"]}, note="takes more memory")
     if config.activation_checkpointing:
         yield Change("activation_checkpointing = false", {"activation_checkpointing": False}, note="takes more memory")
@@ -63,7 +63,7 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float,
             yield Change(f"dataloader.num_workers = {count}", {"dataloader": loader})
 
 
-def _name(spec: Any) -> str:
+def name_of(spec: Any) -> str:
     """The name by which a callback was asked for; "" for a ready object."""
     return str(spec.get("use")) if isinstance(spec, dict) else spec if isinstance(spec, str) else ""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain import Duration, Loss, Trainer, TrainingConfig
+from drivetrain import Component, Duration, Loss, Trainer, TrainingConfig
 
 LONGER = 1_000_000  # so many times the run's length: no turn reaches the end
 
 
-def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **changes: Any) -> Trainer:
-    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks.
+def trainer(
+    config: TrainingConfig, folder: Path, with_callbacks: bool, own: Sequence[Component] = (), **changes: Any
+) -> Trainer:
+    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks; `own` ones
+    take part after these.
 
     Without them, those of `changes` take part. Evaluation never comes, though it is not switched off: callbacks that need it would
     refuse that.
@@ -32,7 +35,7 @@ def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **change
     if not with_callbacks:
         config.callbacks, config.standard_callbacks = changes.get("callbacks", []), False
         config.log_interval = Duration(LONGER, "st")
-    return Trainer(None, config)
+    return Trainer(None, config, callbacks=own)
 
 
 def by_engine(made: Trainer) -> Iterator[Any]:

@@ -21,8 +21,8 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed
-from drivetrain_bench.advice import Change, changes
+from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed, make_component
+from drivetrain_bench.advice import Change, changes, name_of
 from drivetrain_bench.loops import by_engine, by_hand, trainer
 from drivetrain_bench.report import Advice, Report
 
@@ -163,7 +163,7 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
     convolves = any(isinstance(module, nn.Conv2d) for module in made[BARE].model.modules())
     speeds, losses = _take_turns(made, steps, turns)
     del made, context
-    parts = _goodput(config, folder / "goodput", steps * turns, say)
+    parts = _goodput(config, folder / "goodput", steps, turns, say)
     found = []
     waiting = parts.get("data wait", 0.0) / (sum(parts.values()) or 1.0)
     for change in changes(config, facts["precision"], facts["device"], waiting, convolves) if advice else ():
@@ -197,17 +197,24 @@ def _per_step(made: Trainer) -> tuple[float, float]:
     return ctx.samples / done, ctx.tokens / done
 
 
-def _goodput(config: TrainingConfig, folder: Path, steps: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Seconds by part, with the configuration's callbacks; empty when drivetrain-goodput is not installed."""
+def _goodput(config: TrainingConfig, folder: Path, steps: int, turns: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Seconds by part of the steps after the warm-up, with the configuration's callbacks; what they do once, at the begin and the end,
+    does not count. Empty when drivetrain-goodput is not installed."""
     if not is_installed("callback", "goodput"):
         return {}
     say("where the time goes")
-    named = [*config.callbacks, {"use": "goodput", "show": False}]
-    made = trainer(config, folder, True, callbacks=named)
+    clock: Any = make_component("callback", {"use": "goodput", "show": False})
+    others = [one for one in config.callbacks if name_of(one) != "goodput" and not isinstance(one, type(clock))]
+    made = trainer(config, folder, True, own=[clock], callbacks=others)
     with closing(Turns(made, by_engine(made))) as running:
-        running.go(steps)
-    rows = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"]
-    return {name: seconds for row in rows for name, seconds in row["parts"].items() if name != "start"}
+        running.begin()
+        running.take(steps)
+        clock.on_run_end(made.ctx)  # it accounts for what comes now as for another sitting
+        clock.on_run_start(made.ctx)
+        running.go(steps * turns)
+        clock.on_run_end(made.ctx)  # before the others' end
+    parts = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"][-1]["parts"]
+    return {name: seconds for name, seconds in parts.items() if name != "start"}
 
 
 def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder: Path) -> Advice:
