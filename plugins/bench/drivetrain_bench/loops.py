@@ -22,8 +22,8 @@ def trainer(
     """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks; `own` ones
     take part after these.
 
-    Without them, those of `changes` take part. Evaluation never comes, though it is not switched off: callbacks that need it would
-    refuse that.
+    Each run has ready callbacks of its own, copies. Evaluation never comes, though it is not switched off: callbacks that need it
+    would refuse that.
     """
     config = copy.copy(config)
     for key, value in changes.items():
@@ -33,8 +33,9 @@ def trainer(
     if config.eval_interval is not None:
         config.eval_interval, config.eval_at_start = Duration(LONGER, "st"), False
     if not with_callbacks:
-        config.callbacks, config.standard_callbacks = changes.get("callbacks", []), False
+        config.callbacks, config.standard_callbacks = [], False
         config.log_interval = Duration(LONGER, "st")
+    config.callbacks = [copy.deepcopy(one) if isinstance(one, Component) else one for one in config.callbacks]
     return Trainer(None, config, callbacks=own)
 
 

@@ -168,26 +168,35 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
     waiting = parts.get("data wait", 0.0) / (sum(parts.values()) or 1.0)
     for change in changes(config, facts["precision"], facts["device"], waiting, convolves) if advice else ():
         say(f"with {change}")
-        found.append(_try(config, change, steps, turns, folder))
+        found.append(_try(config, change, steps, turns, folder / "trial"))
     return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))), left_out)
 
 
-def _take_turns(made: Mapping[str, Trainer], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
+def _take_turns(
+    made: Mapping[str, Trainer], steps: int, turns: int, apart: bool = False
+) -> tuple[dict[str, Speed], dict[str, float]]:
     """The speeds, and the losses of as many steps of each. Whatever comes between, all have ended when this returns: they may save in
-    their end, which needs their folders."""
-    names = list(made)
+    their end, which needs their folders.
+
+    Args:
+        made: by name; none of them has begun.
+        steps: of one turn.
+        turns: that count.
+        apart: whether each has all its turns, and ends, before the next one begins.
+    """
     running = {name: Turns(one, by_hand(one) if name == RAW else by_engine(one)) for name, one in made.items()}
-    with ExitStack() as ends:
-        for turn in running.values():
-            ends.callback(turn.close)
-            turn.begin()
-        for index in range(turns + 1):
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                running[name].take(steps)
+    for together in [[turn] for turn in running.values()] if apart else [[*running.values()]]:
+        with ExitStack() as ends:
+            for turn in together:
+                ends.callback(turn.close)
+                turn.begin()
+            for first in (index % len(together) for index in range(turns + 1)):
+                for turn in together[first:] + together[:first]:
+                    turn.take(steps)
     gc.collect()
-    engines = [name for name in names if name != RAW]  # which count their samples
+    engines = [name for name in made if name != RAW]  # which count their samples
     losses = {name: float(made[name].ctx.loss_tensor or 0.0) for name in engines}
-    return {name: running[name].speed(_per_step(made[engines[0] if name == RAW else name])) for name in names}, losses
+    return {name: running[name].speed(_per_step(made[engines[0] if name == RAW else name])) for name in made}, losses
 
 
 def _per_step(made: Trainer) -> tuple[float, float]:
@@ -218,17 +227,23 @@ def _goodput(config: TrainingConfig, folder: Path, steps: int, turns: int, say: 
 
 
 def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder: Path) -> Advice:
-    """One change against the configuration as it is, in turns."""
+    """One change against the configuration as it is, with its callbacks, in turns.
+
+    Where one of the two has worker processes, not in turns but one after the other: workers would go on fetching while the other
+    training has its turn, and give what looks like a gain. What else the machine does then may hit one of them only.
+    """
     try:
         made = {
-            "as it is": trainer(config, folder / "base", False),
-            "changed": trainer(config, folder / "changed", False, **change.keys),
+            "as it is": trainer(config, folder / "base", True),
+            "changed": trainer(config, folder / "changed", True, **change.keys),
         }
-        speeds, losses = _take_turns(made, steps, turns)
+        apart = any(one.config.dataloader.num_workers > 0 for one in made.values())
+        speeds, losses = _take_turns(made, steps, turns, apart)
     except Exception as error:  # whatever a change breaks is said beside it; the others are still of use
         why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error).partition("\n")[0]
         return Advice(str(change), None, f"fails: {type(error).__name__}: {why[:150]}")
     finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what many trials save would fill a disk
         gc.collect()
     gain = 1 / speeds["changed"].over(speeds["as it is"])
     notes = [change.note] if change.note else []

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -264,6 +265,7 @@ def test_other_changes_that_are_tried() -> None:
     assert "compile" in texts() and "compile" not in texts(compile=True)
     assert "precision" in texts(precision="fp32") and "precision" not in texts()
     assert "dataloader.num_workers" in texts(0.5) and "dataloader.num_workers" not in texts(0.001)
+    assert "dataloader.num_workers" not in texts(0.5, callbacks=["workers_finder"]), "which finds their number in each run"
     assert "activation_checkpointing" in texts(activation_checkpointing=True)
 
 
@@ -279,6 +281,8 @@ def test_graphs_are_tried_on_a_gpu_where_they_are_not_in_use() -> None:
     def tried(device: str, *callbacks: Any) -> bool:
         return any("cuda_graphs" in change.text for change in changes(config(callbacks=list(callbacks)), "bf16", device, 0.0))
 
+    (graphs,) = (c for c in changes(config(callbacks=["gc"]), "bf16", "NVIDIA H200", 0.0) if "graphs" in c.text)
+    assert graphs.keys == {"callbacks": ["gc", "cuda_graphs"]}
     assert tried("NVIDIA H200") and tried("NVIDIA H200", "gc", {"use": "ema"}) and tried("NVIDIA H200", Chatty())
     assert (
         not tried("cpu")
@@ -287,12 +291,53 @@ def test_graphs_are_tried_on_a_gpu_where_they_are_not_in_use() -> None:
     )
 
 
-def test_a_callback_is_tried_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    Chatty.seen.clear()
-    change = Change("callbacks", {"callbacks": [Chatty()]})
+class Slow(Rows):
+    def __getitem__(self, index: int) -> Any:
+        time.sleep(0.004)
+        return super().__getitem__(index)
+
+
+@component
+class SlowData(Component):
+    kind: ClassVar[str] = "dataset"
+
+    def make_dataset(self, ctx: CallbackContext) -> Any:
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+        return Slow(x, x.sum(1, keepdim=True))
+
+
+def test_workers_gain_nothing_by_what_they_fetch_while_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fetching is nearly all that there is to do: one worker does it no faster."""
+    change = Change("a worker", {"dataloader": {"num_workers": 1}})
     monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter([change]))
-    report = bench(config(), steps=2, turns=1)
-    assert Chatty.seen and report.advice[0].gain is not None
+    (row,) = bench(config(data=SlowData()), steps=2, turns=2).advice
+    assert row.gain is not None and 0.5 < row.gain < 1.4
+
+
+@component
+class Sleeps(Callback):
+    """Takes most of a step's time; each of two trainings at the same time needs one of its own."""
+
+    run: Any = None
+
+    def on_run_start(self, ctx: CallbackContext) -> None:
+        assert self.run is None
+        self.run = ctx
+
+    def on_step_end(self, ctx: CallbackContext) -> None:
+        assert self.run is ctx
+        time.sleep(0.01 if ctx.config.seed == 0 else 0.001)
+
+
+def test_changes_are_tried_on_the_configuration_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its callbacks, and those that a change adds."""
+    Chatty.seen.clear()
+    tried = [Change("more", {"callbacks": [Sleeps(), Chatty()]}), Change("seed", {"seed": 1})]
+    monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter(tried))
+    report = bench(config(callbacks=[Sleeps()]), steps=2, turns=1)
+    gains = {row.change: row.gain for row in report.advice}
+    assert Chatty.seen and gains["more"] is not None and 0.7 < gains["more"] < 1.4
+    assert gains["seed"] is not None and gains["seed"] > 2
 
 
 def test_numbers_become_advice_in_words() -> None:
