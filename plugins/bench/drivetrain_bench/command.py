@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +33,7 @@ class Bench:
 
         if arguments.steps < 1 or arguments.turns < 1:
             raise DrivetrainError("--steps and --turns must be at least 1.")
-        with _terminated_like_ctrl_c():
+        with _terminated_like_ctrl_c(), _compiling_anew():
             report = bench(
                 load_training_config(arguments.file, overrides=arguments.overrides),
                 steps=arguments.steps,
@@ -41,6 +43,22 @@ class Bench:
             )
         print(json.dumps(report.plain(), indent=1) if arguments.json else report)
         return 0
+
+
+@contextmanager
+def _compiling_anew() -> Iterator[None]:
+    """Within the block compiled code is kept in a temporary directory, so that compiling takes as long as the first time. Not for callers
+    from Python: torch remembers files in it as long as the process lives."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="drivetrain-bench-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
 
 
 @contextmanager

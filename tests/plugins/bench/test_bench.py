@@ -187,6 +187,20 @@ def test_termination_ends_the_command_as_ctrl_c_does(temporary: Path, monkeypatc
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("before", [None, "/somewhere"])
+def test_the_command_keeps_no_compiled_code(temporary: Path, monkeypatch: pytest.MonkeyPatch, before: str | None) -> None:
+    name, file = "TORCHINDUCTOR_CACHE_DIR", temporary / "run.toml"
+    file.write_text("seed = 1\n")
+    monkeypatch.setenv(name, before) if before else monkeypatch.delenv(name, raising=False)
+    seen: list[str | None] = []
+    monkeypatch.setattr("drivetrain_bench.measure.bench", lambda *_, **__: seen.append(os.environ.get(name)))
+    parser = argparse.ArgumentParser()
+    Bench().add_arguments(parser)
+    Bench().run(parser.parse_args([str(file)]))
+    assert Path(str(seen[0])).parent == temporary and os.environ.get(name) == before
+    assert [path.name for path in temporary.iterdir()] == ["run.toml"]
+
+
 @component
 class Stops(Callback):
     """As a training that early stopping ends."""
