@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.data import Dataset
 
 from drivetrain import Callback, CallbackContext, Component, TrainingConfig, component
 from drivetrain_bench import bench
+from drivetrain_bench.advice import Change
 from drivetrain_goodput import GoodputCallback
 
 _STEPS, _TURNS, _EACH = 4, 2, 0.004  # the last in seconds
@@ -60,8 +62,25 @@ class _Once(Callback):
         time.sleep(0.2)
 
 
+class _Looks(nn.Linear):
+    """Counts the forwards in which somebody listens to torch's calls."""
+
+    counted: ClassVar[int] = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _Looks.counted += _get_current_dispatch_mode() is not None
+        return super().forward(x)
+
+
+@component
+class _LookingModel(_Model):
+    def make_model(self, ctx: CallbackContext) -> nn.Module:
+        return _Looks(4, 1)
+
+
 def _config(**more: Any) -> TrainingConfig:
-    return TrainingConfig(model=_Model(), data=_Data(), max_duration="1ep", per_device_batch_size=2, device="cpu", **more)
+    given = {"model": _Model(), "data": _Data(), "max_duration": "1ep", "per_device_batch_size": 2, "device": "cpu"} | more
+    return TrainingConfig(**given)
 
 
 @pytest.mark.parametrize("more", [[], ["goodput"], [GoodputCallback()]])
@@ -72,3 +91,11 @@ def test_where_the_time_goes_is_that_of_ordinary_steps(tmp_path: Path, more: lis
     assert _STEPS * _TURNS * _EACH <= own < 0.15
     assert parts["data wait"] >= _STEPS * _TURNS * _EACH * 0.9
     assert "start" not in parts and parts.get("callback:gc", 0.0) < own
+
+
+def test_what_a_callback_counts_in_a_step_is_not_that_of_another_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """drivetrain-throughput counts the second step of each that has callbacks; torch.compile gives up meanwhile."""
+    monkeypatch.setattr("drivetrain_bench.measure.changes", lambda *_: iter([Change("seed", {"seed": 1})]))
+    _Looks.counted = 0
+    bench(_config(model=_LookingModel()), steps=2, turns=1)
+    assert _Looks.counted == 4, "with your callbacks, where the time goes, as it is, changed"

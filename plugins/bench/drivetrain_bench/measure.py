@@ -65,8 +65,9 @@ class Turns:
         self.first = 0.0
 
     def begin(self) -> None:
-        """The first step."""
+        """The first step, and the second: in that one drivetrain-throughput counts what torch does, whoever's step comes next."""
         self.first = self._timed(1)
+        self.go(1)
 
     def take(self, count: int) -> None:
         """Some steps, with the device's work."""
