@@ -48,6 +48,8 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float,
         yield Change('precision = "bf16"', {"precision": "bf16"}, rounds=True)
     if precision == "fp32" and device != "cpu" and is_installed("precision", "tf32"):
         yield Change('precision = "tf32"', {"precision": "tf32"}, rounds=True)
+    if precision in ("bf16", "fp16") and device == "cpu" and is_installed("precision", "fp32"):  # emulated there, often
+        yield Change('precision = "fp32"', {"precision": "fp32"}, rounds=True)
     if not config.compile:
         yield Change("compile = true", {"compile": True}, rounds=True)
     if convolves and not config.channels_last:

@@ -28,19 +28,24 @@ class Bench:
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Measure and print."""
-        from drivetrain import DrivetrainError, load_training_config
+        from drivetrain import ConfigError, DrivetrainError, load_training_config
         from drivetrain_bench.measure import bench
 
         if arguments.steps < 1 or arguments.turns < 1:
             raise DrivetrainError("--steps and --turns must be at least 1.")
-        with _terminated_like_ctrl_c(), _compiling_anew():
-            report = bench(
-                load_training_config(arguments.file, overrides=arguments.overrides),
-                steps=arguments.steps,
-                turns=arguments.turns,
-                advice=not arguments.no_advice,
-                say=lambda text: print(text, file=sys.stderr, flush=True),
-            )
+        config = load_training_config(arguments.file, overrides=arguments.overrides)
+        try:
+            with _terminated_like_ctrl_c(), _compiling_anew():
+                report = bench(
+                    config,
+                    steps=arguments.steps,
+                    turns=arguments.turns,
+                    advice=not arguments.no_advice,
+                    say=lambda text: print(text, file=sys.stderr, flush=True),
+                )
+        except ConfigError as error:  # what only shows when a run is put together
+            error.source = arguments.file
+            raise
         print(json.dumps(report.plain(), indent=1) if arguments.json else report)
         return 0
 

@@ -52,8 +52,14 @@ class Speed:
 
     def over(self, other: Speed) -> float:
         """How long a sample takes, the other's being 1: the median over turns that lie side by side."""
+        return self.quartiles(other)[1]
+
+    def quartiles(self, other: Speed) -> tuple[float, float, float]:
+        """The lower one, the median and the upper one over these turns."""
         pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(a / b for a, b in pairs) * other.samples / self.samples
+        ratios = [a / b * other.samples / self.samples for a, b in pairs]
+        low, middle, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return low, middle, high
 
 
 class Turns:
@@ -246,10 +252,10 @@ def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder:
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # what many trials save would fill a disk
         gc.collect()
-    gain = 1 / speeds["changed"].over(speeds["as it is"])
+    low, gain, high = speeds["as it is"].quartiles(speeds["changed"])
     notes = [change.note] if change.note else []
     if change.rounds:
         notes.append(f"loss {losses['changed']:.3f} instead of {losses['as it is']:.3f} after as many steps")
     if (extra := speeds["changed"].first - speeds["as it is"].first) > 1:
         notes.append(f"the first step takes {extra:.0f} s longer")
-    return Advice(str(change), gain, "; ".join(notes))
+    return Advice(str(change), gain, "; ".join(notes), (low, high))

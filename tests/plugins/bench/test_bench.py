@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from drivetrain import Callback, CallbackContext, Component, DrivetrainError, TrainingConfig, component
+from drivetrain import Callback, CallbackContext, Component, ConfigError, DrivetrainError, TrainingConfig, component
 from drivetrain.rng import mix, seed_all
 from drivetrain_bench import Report, Speed, bench
 from drivetrain_bench.advice import Change, changes
@@ -268,7 +268,7 @@ def test_a_change_that_does_not_run_is_said_beside_the_others(monkeypatch: pytes
     ],
 )
 def test_batches_that_are_tried(more: dict[str, Any], expected: list[str]) -> None:
-    found = [str(change) for change in changes(config(compile=True, **more), "bf16", "cpu", 0.0)]
+    found = [str(change) for change in changes(config(compile=True, **more), "fp64", "cpu", 0.0)]
     assert found == expected
 
 
@@ -277,7 +277,9 @@ def test_other_changes_that_are_tried() -> None:
         return (change.text.partition(" =")[0] for change in changes(config(**more), precision, "cpu", waiting))
 
     assert "compile" in texts() and "compile" not in texts(compile=True)
-    assert "precision" in texts(precision="fp32") and "precision" not in texts()
+    assert "precision" in texts(precision="fp32") and "precision" not in texts(precision="fp64")
+    assert 'precision = "fp32"' in [change.text for change in changes(config(), "bf16", "cpu", 0.0)]
+    assert not [change for change in changes(config(), "bf16", "NVIDIA H200", 0.0) if "fp32" in change.text]
     assert "dataloader.num_workers" in texts(0.5) and "dataloader.num_workers" not in texts(0.001)
     assert "dataloader.num_workers" not in texts(0.5, callbacks=["workers_finder"]), "which finds their number in each run"
     assert "activation_checkpointing" in texts(activation_checkpointing=True)
@@ -362,6 +364,31 @@ def test_numbers_become_advice_in_words() -> None:
     text = str(Report(facts, {"loop by hand": fast}, {}, {"forward and backward": 3.0, "rest": 1.0}, rows))
     assert "1.50 × with a (note)" in text and "no gain from b: 1.01 ×" in text and "no gain from c: fails: X" in text
     assert "forward and backward          75.0 %" in text
+
+
+def test_what_only_some_turns_gain_is_no_sure_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And rows are broken between words."""
+    monkeypatch.setenv("COLUMNS", "60")
+    one, other = Speed((1.0,) * 5, 8, 0, 1.0), Speed((0.85, 1.16, 1.19, 1.20, 1.22), 8, 0, 1.0)
+    assert other.quartiles(one) == pytest.approx((1.16, 1.19, 1.20)) and other.over(one) == pytest.approx(1.19)
+    assert Speed((2.0,), 8, 0, 1.0).quartiles(Speed((1.0,), 8, 0, 1.0)) == (2.0, 2.0, 2.0)
+    note = "gain for each sample; steps of twice the samples want another learning rate"
+    rows = (Advice("a = 16", 1.5, note, (1.4, 1.6)), Advice("b", 1.16, "", (0.9, 1.2)))
+    facts = {"device": "cpu", "precision": "fp32", "parameters": 1e6, "torch": "2"}
+    report = Report(facts, {"loop by hand": one}, {}, {}, rows)
+    assert "no sure gain from b: 1.16 × (0.90 – 1.20)" in str(report)
+    assert "1.50 × (1.40 – 1.60) with a = 16 (gain for each sample;\n      steps" in str(report)
+    assert report.plain()["advice"][1]["quartiles"] == (0.9, 1.2)
+
+
+def test_problems_found_while_building_are_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "run.toml"
+    monkeypatch.setattr("drivetrain.load_training_config", lambda *_, **__: config(global_batch_size=12))
+    parser = argparse.ArgumentParser()
+    Bench().add_arguments(parser)
+    with pytest.raises(ConfigError) as caught:
+        Bench().run(parser.parse_args([str(file)]))
+    assert caught.value.source == str(file)
 
 
 def test_refusals(tmp_path: Path) -> None:
