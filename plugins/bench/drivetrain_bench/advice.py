@@ -43,19 +43,25 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float,
         waiting: the part of the time spent waiting for data.
         convolves: whether the model has 2-D convolutions.
     """
+    callbacks = set(map(name_of, config.callbacks))
     if precision in ("fp32", "tf32") and is_installed("precision", "bf16"):
         yield Change('precision = "bf16"', {"precision": "bf16"}, rounds=True)
     if precision == "fp32" and device != "cpu" and is_installed("precision", "tf32"):
         yield Change('precision = "tf32"', {"precision": "tf32"}, rounds=True)
+    if precision in ("bf16", "fp16") and device == "cpu" and is_installed("precision", "fp32"):  # emulated there, often
+        yield Change('precision = "fp32"', {"precision": "fp32"}, rounds=True)
     if not config.compile:
         yield Change("compile = true", {"compile": True}, rounds=True)
     if convolves and not config.channels_last:
         yield Change("channels_last = true", {"channels_last": True}, rounds=True)
-    if device != "cpu" and is_installed("callback", "cuda_graphs") and "cuda_graphs" not in map(_name, config.callbacks):
-        yield Change('callbacks = [..., "cuda_graphs"]', {"callbacks": ["cuda_graphs"]}, note="takes more memory")
+    if device != "cpu" and is_installed("callback", "cuda_graphs") and "cuda_graphs" not in callbacks:
+        more = [*config.callbacks, "cuda_graphs"]
+        yield Change('callbacks = [..., "cuda_graphs"]', {"callbacks": more}, note="takes more memory")
     if config.activation_checkpointing:
         yield Change("activation_checkpointing = false", {"activation_checkpointing": False}, note="takes more memory")
     yield from _batches(config)
+    if "workers_finder" in callbacks:  # their number is its business
+        return
     if waiting > _SHORT_OF_DATA and config.dataloader.num_workers < (cores := os.cpu_count() or 1):
         for count in sorted({min(2, cores), min(8, cores)}):
             loader = copy.copy(config.dataloader)
@@ -63,7 +69,7 @@ def changes(config: TrainingConfig, precision: str, device: str, waiting: float,
             yield Change(f"dataloader.num_workers = {count}", {"dataloader": loader})
 
 
-def _name(spec: Any) -> str:
+def name_of(spec: Any) -> str:
     """The name by which a callback was asked for; "" for a ready object."""
     return str(spec.get("use")) if isinstance(spec, dict) else spec if isinstance(spec, str) else ""
 

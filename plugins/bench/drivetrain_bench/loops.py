@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,26 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from drivetrain import Duration, Loss, Trainer, TrainingConfig
+from drivetrain import Component, Duration, Loss, Trainer, TrainingConfig
 
 LONGER = 1_000_000  # so many times the run's length: no turn reaches the end
 
 
-def trainer(config: TrainingConfig, folder: Path, with_callbacks: bool, **changes: Any) -> Trainer:
-    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks.
+def trainer(
+    config: TrainingConfig, folder: Path, with_callbacks: bool, own: Sequence[Component] = (), **changes: Any
+) -> Trainer:
+    """A run of a configuration that writes into `folder` and does not end, with or without the configuration's callbacks; `own` ones
+    take part after these.
 
-    Without them, those of `changes` take part.
+    Each run has ready callbacks of its own, copies. Evaluation never comes, though it is not switched off: callbacks that need it
+    would refuse that.
     """
     config = copy.copy(config)
     for key, value in changes.items():
         setattr(config, key, value)
     config.output_dir, config.run_name, config.resume = folder.parent, folder.name, "never"
     config.max_duration = Duration(config.max_duration.value * LONGER, config.max_duration.unit)
-    config.eval_interval = None
+    if config.eval_interval is not None:
+        config.eval_interval, config.eval_at_start = Duration(LONGER, "st"), False
     if not with_callbacks:
-        config.callbacks, config.standard_callbacks = changes.get("callbacks", []), False
+        config.callbacks, config.standard_callbacks = [], False
         config.log_interval = Duration(LONGER, "st")
-    return Trainer(None, config)
+    config.callbacks = [copy.deepcopy(one) if isinstance(one, Component) else one for one in config.callbacks]
+    return Trainer(None, config, callbacks=own)
 
 
 def by_engine(made: Trainer) -> Iterator[Any]:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch
 from attrs import frozen
 from torch import nn
 
-from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed
-from drivetrain_bench.advice import Change, changes
+from drivetrain import ConfigError, DrivetrainError, Trainer, TrainingConfig, is_installed, make_component
+from drivetrain_bench.advice import Change, changes, name_of
 from drivetrain_bench.loops import by_engine, by_hand, trainer
 from drivetrain_bench.report import Advice, Report
 
@@ -52,32 +52,55 @@ class Speed:
 
     def over(self, other: Speed) -> float:
         """How long a sample takes, the other's being 1: the median over turns that lie side by side."""
+        return self.quartiles(other)[1]
+
+    def quartiles(self, other: Speed) -> tuple[float, float, float]:
+        """The lower one, the median and the upper one over these turns."""
         pairs = zip(self.seconds, other.seconds, strict=True)
-        return statistics.median(a / b for a, b in pairs) * other.samples / self.samples
+        ratios = [a / b * other.samples / self.samples for a, b in pairs]
+        low, middle, high = statistics.quantiles(ratios, method="inclusive") if len(ratios) > 1 else ratios * 3
+        return low, middle, high
 
 
 class Turns:
-    """A training that is held open."""
+    """A training that is held open, from `begin` to `close`."""
 
     def __init__(self, made: Trainer, steps: Iterator[Any]) -> None:
-        self.made, self.steps = made, steps
+        self.made, self._steps = made, steps
         self.seconds: list[float] = []
-        began = time.perf_counter()
-        next(steps)
-        made.ctx.run.devices.synchronize()
-        self.first = time.perf_counter() - began
+        self.first = 0.0
+
+    def begin(self) -> None:
+        """The first step, and the second: in that one drivetrain-throughput counts what torch does, whoever's step comes next."""
+        self.first = self._timed(1)
+        self.go(1)
 
     def take(self, count: int) -> None:
         """Some steps, with the device's work."""
-        began = time.perf_counter()
+        self.seconds.append(self._timed(count) / count)
+
+    def go(self, count: int) -> None:
+        """Some steps, as far as the host has to do with them."""
         for _ in range(count):
-            next(self.steps)
+            if next(self._steps, None) is None:
+                ctx = self.made.ctx
+                raise DrivetrainError(
+                    f"the run ended after {ctx.step} steps ({ctx.stop_reason}); measure fewer, or without that."
+                )
+
+    def _timed(self, count: int) -> float:
+        began = time.perf_counter()
+        self.go(count)
         self.made.ctx.run.devices.synchronize()
-        self.seconds.append((time.perf_counter() - began) / count)
+        return time.perf_counter() - began
+
+    def close(self) -> None:
+        """End it in good order; it may still save."""
+        self._steps.close()  # type: ignore[attr-defined]
 
     def speed(self, per_step: tuple[float, float]) -> Speed:
-        """What was measured."""
-        return Speed(tuple(self.seconds), *per_step, self.first)
+        """What was measured; the first turn was to warm up."""
+        return Speed(tuple(self.seconds[1:]), *per_step, self.first)
 
 
 def bench(
@@ -142,81 +165,97 @@ def _bench(config: TrainingConfig, steps: int, turns: int, advice: bool, say: Ca
         "parameters": sum(p.numel() for p in made[BARE].model.parameters()),
         "torch": str(torch.__version__),
     }
+    evaluates = config.eval_interval is not None and context.eval_batches != 0
+    left_out = f"evaluation (eval_interval = {config.eval_interval}) and what callbacks do in it" if evaluates else ""
     convolves = any(isinstance(module, nn.Conv2d) for module in made[BARE].model.modules())
-    speeds, losses = _take_turns({name: _started(name, one) for name, one in made.items()}, steps, turns)
+    speeds, losses = _take_turns(made, steps, turns)
     del made, context
-    parts = _goodput(config, folder / "goodput", steps * turns, say)
+    parts = _goodput(config, folder / "goodput", steps, turns, say)
     found = []
     waiting = parts.get("data wait", 0.0) / (sum(parts.values()) or 1.0)
     for change in changes(config, facts["precision"], facts["device"], waiting, convolves) if advice else ():
         say(f"with {change}")
-        found.append(_try(config, change, steps, turns, folder))
-    return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))))
+        found.append(_try(config, change, steps, turns, folder / "trial"))
+    return Report(facts, speeds, losses, parts, tuple(sorted(found, key=lambda row: -(row.gain or 0.0))), left_out)
 
 
-def _started(name: str, made: Trainer) -> Turns:
-    return Turns(made, by_hand(made) if name == RAW else by_engine(made))
+def _take_turns(
+    made: Mapping[str, Trainer], steps: int, turns: int, apart: bool = False
+) -> tuple[dict[str, Speed], dict[str, float]]:
+    """The speeds, and the losses of as many steps of each. Whatever comes between, all have ended when this returns: they may save in
+    their end, which needs their folders.
+
+    Args:
+        made: by name; none of them has begun.
+        steps: of one turn.
+        turns: that count.
+        apart: whether each has all its turns, and ends, before the next one begins.
+    """
+    running = {name: Turns(one, by_hand(one) if name == RAW else by_engine(one)) for name, one in made.items()}
+    for together in [[turn] for turn in running.values()] if apart else [[*running.values()]]:
+        with ExitStack() as ends:
+            for turn in together:
+                ends.callback(turn.close)
+                turn.begin()
+            for first in (index % len(together) for index in range(turns + 1)):
+                for turn in together[first:] + together[:first]:
+                    turn.take(steps)
+    gc.collect()
+    engines = [name for name in made if name != RAW]  # which count their samples
+    losses = {name: float(made[name].ctx.loss_tensor or 0.0) for name in engines}
+    return {name: running[name].speed(_per_step(made[engines[0] if name == RAW else name])) for name in made}, losses
 
 
-def _take_turns(running: Mapping[str, Turns], steps: int, turns: int) -> tuple[dict[str, Speed], dict[str, float]]:
-    """The speeds, and the losses of as many steps of each; ends the trainings."""
-    try:
-        names = list(running)
-        for index in range(turns + 1):
-            for name in names[index % len(names) :] + names[: index % len(names)]:
-                running[name].take(steps)
-        per_step = {name: _per_step(turn.made, name) for name, turn in running.items()}
-        for turn in running.values():
-            del turn.seconds[0]
-        engines = {name: turn for name, turn in running.items() if name != RAW}
-        losses = {name: float(turn.made.ctx.loss_tensor or 0.0) for name, turn in engines.items()}
-        example = next(iter(engines))
-        speeds = {name: turn.speed(per_step[example if name == RAW else name]) for name, turn in running.items()}
-        return speeds, losses
-    finally:
-        for turn in running.values():
-            turn.steps.close()  # type: ignore[attr-defined]
-        gc.collect()
-
-
-def _per_step(made: Trainer, name: str) -> tuple[float, float]:
+def _per_step(made: Trainer) -> tuple[float, float]:
     """Samples and tokens of a step, as the engine counts them."""
     ctx = made.ctx
     done = max(1, ctx.step + ctx.skipped_steps)
     return ctx.samples / done, ctx.tokens / done
 
 
-def _goodput(config: TrainingConfig, folder: Path, steps: int, say: Callable[[str], None]) -> dict[str, float]:
-    """Seconds by part, with the configuration's callbacks; empty when drivetrain-goodput is not installed."""
+def _goodput(config: TrainingConfig, folder: Path, steps: int, turns: int, say: Callable[[str], None]) -> dict[str, float]:
+    """Seconds by part of the steps after the warm-up, with the configuration's callbacks; what they do once, at the begin and the end,
+    does not count. Empty when drivetrain-goodput is not installed."""
     if not is_installed("callback", "goodput"):
         return {}
     say("where the time goes")
-    named = [*config.callbacks, {"use": "goodput", "show": False}]
-    running = trainer(config, folder, True, callbacks=named).steps()
-    for _ in range(steps):
-        next(running)
-    running.close()  # type: ignore[attr-defined]
-    rows = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"]
-    return {name: seconds for row in rows for name, seconds in row["parts"].items() if name != "start"}
+    clock: Any = make_component("callback", {"use": "goodput", "show": False})
+    others = [one for one in config.callbacks if name_of(one) != "goodput" and not isinstance(one, type(clock))]
+    made = trainer(config, folder, True, own=[clock], callbacks=others)
+    with closing(Turns(made, by_engine(made))) as running:
+        running.begin()
+        running.take(steps)
+        clock.on_run_end(made.ctx)  # it accounts for what comes now as for another sitting
+        clock.on_run_start(made.ctx)
+        running.go(steps * turns)
+        clock.on_run_end(made.ctx)  # before the others' end
+    parts = json.loads((folder / "goodput.json").read_text(encoding="utf-8"))["sittings"][-1]["parts"]
+    return {name: seconds for name, seconds in parts.items() if name != "start"}
 
 
 def _try(config: TrainingConfig, change: Change, steps: int, turns: int, folder: Path) -> Advice:
-    """One change against the configuration as it is, in turns."""
+    """One change against the configuration as it is, with its callbacks, in turns.
+
+    Where one of the two has worker processes, not in turns but one after the other: workers would go on fetching while the other
+    training has its turn, and give what looks like a gain. What else the machine does then may hit one of them only.
+    """
     try:
-        running = {
-            "as it is": Turns(base := trainer(config, folder / "base", False), base.steps()),
-            "changed": Turns(other := trainer(config, folder / "changed", False, **change.keys), other.steps()),
+        made = {
+            "as it is": trainer(config, folder / "base", True),
+            "changed": trainer(config, folder / "changed", True, **change.keys),
         }
-        speeds, losses = _take_turns(running, steps, turns)
+        apart = any(one.config.dataloader.num_workers > 0 for one in made.values())
+        speeds, losses = _take_turns(made, steps, turns, apart)
     except Exception as error:  # whatever a change breaks is said beside it; the others are still of use
         why = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error).partition("\n")[0]
         return Advice(str(change), None, f"fails: {type(error).__name__}: {why[:150]}")
     finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what many trials save would fill a disk
         gc.collect()
-    gain = 1 / speeds["changed"].over(speeds["as it is"])
+    low, gain, high = speeds["as it is"].quartiles(speeds["changed"])
     notes = [change.note] if change.note else []
     if change.rounds:
         notes.append(f"loss {losses['changed']:.3f} instead of {losses['as it is']:.3f} after as many steps")
     if (extra := speeds["changed"].first - speeds["as it is"].first) > 1:
         notes.append(f"the first step takes {extra:.0f} s longer")
-    return Advice(str(change), gain, "; ".join(notes))
+    return Advice(str(change), gain, "; ".join(notes), (low, high))
