@@ -80,7 +80,7 @@ class RunPluginManager(pluggy.PluginManager):
         try:
             return impl.function(ctx)
         except Exception as error:
-            error.add_note(_note(name, impl.plugin))
+            error.add_note(note_of(name, impl.plugin))
             raise
 
     def listeners(self, event: str) -> list[tuple[Event, Component]]:
@@ -102,9 +102,9 @@ def bind(pm: RunPluginManager, event: str, only: Component | None = None) -> Eve
     if not found:
         return None
     if event in _RUN_ALL:
-        return _run_all(tuple((call, _note(event, thing)) for call, thing in found), event)
+        return _run_all(tuple((call, note_of(event, thing)) for call, thing in found), event)
     return _run_in_order(
-        tuple((call, _note(event, thing), thing, _marks(getattr(thing, event)).get("not_before")) for call, thing in found)
+        tuple((call, note_of(event, thing), thing, _marks(getattr(thing, event)).get("not_before")) for call, thing in found)
     )
 
 
@@ -166,7 +166,8 @@ def _marks(method: Any) -> dict[str, Any]:
     return getattr(method, HOOK_MARK, {})
 
 
-def _note(event: str, thing: Component) -> str:
+def note_of(event: str, thing: Component) -> str:
+    """What is added to an error that a component's method raised."""
     return f"raised in {event} of {thing.plugin_name} ({thing.origin})"
 
 

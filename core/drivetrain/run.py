@@ -29,7 +29,7 @@ from drivetrain.errors import ConfigError, DataError, DrivetrainError, ModelErro
 from drivetrain.evaluation import evaluate
 from drivetrain.fitting import choose_strategy
 from drivetrain.given import Given
-from drivetrain.hooks import Events, RunPluginManager, bind
+from drivetrain.hooks import Events, RunPluginManager, bind, note_of
 from drivetrain.loop import Loop
 from drivetrain.optim import follow_parameters
 from drivetrain.peers import Peer, announce_failures
@@ -171,7 +171,7 @@ class Run:
     def _train_source(self) -> Source:
         data = self.given.train_dataset
         if data is None and (maker := self.single.get("data")) is not None:
-            data = _under("data", maker, lambda: maker.make_dataset(self.ctx))  # type: ignore[attr-defined]
+            data = self._dataset("data", maker)
         if data is None:
             raise ConfigError([Problem("data", "is missing: pass Trainer(..., train_dataset=...), or name a data set")])
         self.train_data = data
@@ -180,10 +180,17 @@ class Run:
     def _eval_source(self) -> Source | None:
         data = self.given.eval_dataset
         if data is None and (maker := self.single.get("eval_data")) is not None:
-            data = _under("eval_data", maker, lambda: maker.make_dataset(self.ctx))  # type: ignore[attr-defined]
+            data = self._dataset("eval_data", maker)
         if data is None and self.given.train_dataset is None:
             data = _under("data", self.single.get("data"), lambda: self.pm.choose("make_eval_dataset", self.ctx))
         return None if data is None else self.eval_source_of(data)
+
+    def _dataset(self, key: str, maker: Any) -> Any:
+        try:
+            return _under(key, maker, lambda: maker.make_dataset(self.ctx))
+        except Exception as error:
+            error.add_note(note_of("make_dataset", maker))
+            raise
 
     @property
     def _pins_memory(self) -> bool:
