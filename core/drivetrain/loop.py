@@ -405,7 +405,7 @@ class Loop:
 
     def break_off(self) -> None:
         """Drop what a step that failed has left, or somebody before the first one: the next step must not find it."""
-        ctx, self.is_whole, self._tokens = self.ctx, False, None
+        ctx, self._tokens = self.ctx, None
         for parameter in self.parameters:
             parameter.grad = None
         ctx.veto = ctx.outputs = ctx.microbatch_loss = ctx._back_to = None

@@ -459,6 +459,7 @@ class Trainer:
 
     def _start(self) -> None:
         ctx, run = self.ctx, self._run
+        run.loop.is_whole = False
         run.loop.break_off()
         if self._rng is not None:  # a second sitting in this process
             set_random_state(self._rng, ctx.device)
