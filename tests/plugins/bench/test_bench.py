@@ -162,6 +162,15 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """A process started in the background of a script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("forward", [1, 3, 5, 6, 7, 14])
 def test_all_trainings_have_ended_when_their_folder_goes(temporary: Path, forward: int) -> None:
     """The interrupted one, and those that wait for their turn: they may save in their end."""
