@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from tests.benchmarks.speed.environments import closure
 
 import drivetrain
 from drivetrain import catalogue, registry
@@ -312,7 +313,7 @@ class TestLayers:
     def test_tests_import_what_is_installed_beside_their_distribution(self, folder: str) -> None:
         """`nox -s isolated` has the distribution with its extra `test`, the kit and pytest: what others bring is not there."""
         extra = project(folder)["project"].get("optional-dependencies", {}).get("test", [])
-        given = closure(frozenset({name_of(folder), *map(normal, extra), "drivetrain-testing", "pytest", "torch", "flit-core"}))
+        given = closure([name_of(folder), *map(normal, extra), "drivetrain-testing", "pytest", "torch", "flit-core"])
         ours = {package(other).relative_to(ROOT / other).parts[0]: {name_of(other)} for other in FOLDERS}
         providers, files = packages_distributions() | ours, list((ROOT / "tests" / folder).rglob("*.py"))
         own = {"tests", *sys.stdlib_module_names, *(path.stem for path in files)}
@@ -331,26 +332,6 @@ class TestLayers:
 def packages_distributions() -> dict[str, set[str]]:
     """The distributions that install each top-level module; reading all their files takes a second."""
     return {top: {normal(dist) for dist in dists} for top, dists in metadata.packages_distributions().items()}
-
-
-@cache
-def closure(names: frozenset[str]) -> set[str]:
-    """Distributions and all that they need without extras."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        if (name := waiting.pop()) not in found:
-            found.add(name)
-            lines = (metadata.requires(name) or []) if is_distribution(name) else []
-            waiting += [normal(line) for line in lines if "extra ==" not in line]
-    return found
-
-
-def is_distribution(name: str) -> bool:
-    try:
-        return bool(metadata.distribution(name))
-    except metadata.PackageNotFoundError:  # of another platform, or of nvidia's with a CPU build
-        return False
 
 
 def imported_at_once(path: Path) -> set[str]:

@@ -25,11 +25,11 @@ class Limits:
     def check(self, value: Any) -> None:
         """Raise ValueError for a number outside, alone or in a list; what is no number is reported by its type."""
         for item in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(item, (int, float)) or not str(self):
+            if not isinstance(item, (int, float)):
                 continue
             if not self._allow(item):
                 raise ValueError(f"must be {self}, got {item!r}")
-            if self.finite and math.isinf(item):
+            if self.finite and math.isinf(item) and str(self):
                 raise ValueError(f"must be finite, got {item!r}")
 
     def _allow(self, value: float) -> bool:

@@ -495,16 +495,17 @@ class Trainer:
             ctx.stop_reason = "interrupted by Ctrl-C"
         ctx.interrupted, ctx.at_end = True, False
         if not run.loop.is_whole:
-            ctx.exception = error
-            _quietly(lambda _: run.loop.break_off(), ctx, error)
-            _quietly(run.events.exception, ctx, error)
+            self._break_off(error)
         elif run.events.preempt is not None:
             run.events.preempt(ctx)
 
     def _failed(self, error: BaseException) -> None:
-        """Tell the listeners; what they raise is noted on the original error, which stays the one reported."""
-        self.ctx.exception = error
         self.ctx.stop_reason = f"{type(error).__name__}: {error}"
+        self._break_off(error)
+
+    def _break_off(self, error: BaseException) -> None:
+        """Drop the step and tell the listeners; what they raise is noted on the original error, which stays the one reported."""
+        self.ctx.exception = error
         _quietly(lambda _: self._run.loop.break_off(), self.ctx, error)
         _quietly(self._run.events.exception, self.ctx, error)
 

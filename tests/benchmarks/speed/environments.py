@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 HERE = Path(__file__).parent
 
@@ -26,7 +27,7 @@ def closure(names: Iterable[str]) -> set[str]:
     found: set[str] = set()
     waiting = list(names)
     while waiting:
-        name = waiting.pop().lower().replace("_", "-")
+        name = canonicalize_name(waiting.pop())
         if name in found:
             continue
         found.add(name)

@@ -39,11 +39,9 @@ CASES: dict[str, str] = {
     "two steps, lightning": f"{ONE_STEP}from with_lightning import train; train(task)",
     "two steps, hf": f"{ONE_STEP}from with_hf import train; train(task)",
 }
-# of the last word of a case; the others find everything
-DISTRIBUTIONS = {"loop": ENGINES["raw, tuned"][2]} | {
-    name: ENGINES[name][2] for name in ("ignite", "accelerate", "lightning", "hf")
-}
 PEERS = {"ignite": "ignite", "accelerate": "accelerate", "lightning": "lightning", "hf": "transformers"}
+# of the last word of a case; the others find everything
+DISTRIBUTIONS = {"loop": ENGINES["raw, tuned"][2]} | {name: ENGINES[name][2] for name in PEERS}
 
 
 def once(name: str, folder: Path) -> tuple[float, int]:
